@@ -1,0 +1,324 @@
+"""BlockPlan: which keys each query block of each head attends to.
+
+The contract between methods, which choose, and kernels, which compute. For query row i and key j,
+given as positions in the sequence, j is visible to i when
+
+    j <= i   and   ( j lies in a run listed for i's query block
+                     or  j < sink   or   i - j < window )
+
+A key that several clauses name counts once. Query rows are the last `q_len` of `kv_len` positions,
+so row r of a call sits at position `kv_len - q_len + r`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RunList:
+    """Runs of `width` consecutive keys, listed per head and query block.
+
+    Attributes:
+        start: int32 `[lists, n_q_blocks, n]`, first key of each run, ascending and disjoint.
+            `lists` divides the number of query heads: one list a head, a KV group, or for all.
+        count: int32 `[counts, n_q_blocks]`, how many entries of `start` hold; the rest is padding.
+            `counts` may exceed `lists` (a shared list cut to a length of its own per head).
+        width: tokens in each run.
+    """
+
+    start: Tensor
+    count: Tensor
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.start.ndim != 3 or self.count.ndim != 2:
+            raise ValueError(
+                "RunList: start must be [lists, n_q_blocks, n] and count [counts, n_q_blocks], got "
+                f"{tuple(self.start.shape)} and {tuple(self.count.shape)}"
+            )
+        if self.start.dtype != torch.int32 or self.count.dtype != torch.int32:
+            raise ValueError(
+                f"RunList: start and count must be int32, got {self.start.dtype}, "
+                f"{self.count.dtype}; convert with .int()"
+            )
+        if self.start.shape[1] != self.count.shape[1]:
+            raise ValueError(
+                f"RunList: start lists {self.start.shape[1]} query blocks, "
+                f"count {self.count.shape[1]}"
+            )
+        if self.heads % self.start.shape[0] or self.heads % self.count.shape[0]:
+            raise ValueError(
+                f"RunList: {self.start.shape[0]} lists and {self.count.shape[0]} counts do not "
+                "divide one another"
+            )
+        if self.width < 1:
+            raise ValueError(f"RunList: width={self.width} must be at least 1 token")
+
+    @property
+    def heads(self) -> int:
+        """Heads that this list tells apart: the larger of `lists` and `counts`."""
+        return max(self.start.shape[0], self.count.shape[0])
+
+    def expand(self, heads: int) -> tuple[Tensor, Tensor]:
+        """`start [heads, n_q_blocks, n]` and `count [heads, n_q_blocks]`, one entry per head."""
+        return (
+            self.start.repeat_interleave(heads // self.start.shape[0], 0),
+            self.count.repeat_interleave(heads // self.count.shape[0], 0),
+        )
+
+    def valid(self, heads: int) -> Tensor:
+        """bool `[heads, n_q_blocks, n]`: which entries of the expanded `start` hold."""
+        slots = torch.arange(self.start.shape[2], device=self.count.device)
+        return slots < self.expand(heads)[1][..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """What one call of `block_sparse_attention` computes: see the module docstring for the rule.
+
+    Attributes:
+        q_len: query rows of the call.
+        kv_len: keys of the call; the queries are the last `q_len` of these positions.
+        block_q: query rows that share a list; block b holds rows `[b * block_q, (b+1) * block_q)`.
+        runs: run lists; may be empty when `sink` and `window` say it all.
+        sink: the first `sink` keys are visible to every row (token-exact).
+        window: keys closer than `window` tokens are visible (token-exact; 1 is the row itself).
+        key_order: int `[lists, kv_len]` or None. With it, runs list slots, and slot s holds key
+            `key_order[s]`; causality, sink and window stay on the keys' own positions.
+
+    Raises:
+        ValueError: a field is out of range, lists do not fit together, or (on CPU, where looking
+            costs little) a run is out of order, overlaps its neighbour or lies out of sight.
+    """
+
+    q_len: int
+    kv_len: int
+    block_q: int
+    runs: tuple[RunList, ...] = ()
+    sink: int = 0
+    window: int = 0
+    key_order: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.q_len <= self.kv_len:
+            raise ValueError(
+                f"BlockPlan: need 1 <= q_len <= kv_len, got q_len={self.q_len}, "
+                f"kv_len={self.kv_len}; queries are the last rows of the sequence"
+            )
+        if self.block_q < 1 or self.sink < 0 or self.window < 0:
+            raise ValueError(
+                f"BlockPlan: block_q={self.block_q} must be >= 1, sink={self.sink} and "
+                f"window={self.window} >= 0"
+            )
+        for run in self.runs:
+            if run.count.shape[1] != self.n_q_blocks:
+                raise ValueError(
+                    f"BlockPlan: a run list has {run.count.shape[1]} query blocks, but "
+                    f"q_len={self.q_len} in blocks of {self.block_q} makes {self.n_q_blocks}"
+                )
+            if self.heads % run.heads:
+                raise ValueError("BlockPlan: run lists for different numbers of heads")
+        if self.key_order is not None and self.key_order.shape[-1] != self.kv_len:
+            raise ValueError(
+                f"BlockPlan: key_order has {self.key_order.shape[-1]} slots for {self.kv_len} keys"
+            )
+        if all(run.start.device.type == "cpu" for run in self.runs):
+            self.check()
+
+    @property
+    def n_q_blocks(self) -> int:
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def q_offset(self) -> int:
+        """Position of query row 0."""
+        return self.kv_len - self.q_len
+
+    @property
+    def heads(self) -> int:
+        """Heads the plan tells apart; divides the number of query heads of a call."""
+        order = 1 if self.key_order is None else self.key_order.shape[0]
+        return max([order, *(run.heads for run in self.runs)])
+
+    def row_range(self, block: int) -> tuple[int, int]:
+        """Positions `[first, end)` of the rows of query block `block`."""
+        first = self.q_offset + block * self.block_q
+        return first, min(first + self.block_q, self.kv_len)
+
+    def last_rows(self, device: torch.device | None = None) -> Tensor:
+        """int64 `[n_q_blocks]`: position of the last row of each query block."""
+        ends = torch.arange(1, self.n_q_blocks + 1, device=device) * self.block_q
+        return (self.q_offset + ends).clamp(max=self.kv_len) - 1
+
+    @classmethod
+    def from_block_mask(
+        cls,
+        mask: Tensor,
+        *,
+        block_q: int,
+        block_k: int,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+    ) -> BlockPlan:
+        """The plan that keeps the key blocks a boolean mask marks.
+
+        Args:
+            mask: bool `[heads, n_q_blocks, n_k_blocks]`; blocks wholly in the future are dropped.
+            block_q, block_k: tokens per query block and key block.
+            q_len, kv_len: lengths in tokens; default: full blocks, as many queries as keys when
+                the two grids allow it. A ragged end is fitted when the plan is run.
+
+        Raises:
+            ValueError: the mask is not three-dimensional, or its grid does not cover the lengths.
+        """
+        if mask.ndim != 3 or mask.dtype != torch.bool:
+            raise ValueError(
+                "from_block_mask: mask must be bool [heads, n_q_blocks, n_k_blocks], got "
+                f"{mask.dtype} {tuple(mask.shape)}"
+            )
+        _, n_q, n_k = mask.shape
+        full_q, full_k = n_q * block_q, n_k * block_k
+        if q_len is None and kv_len is None and abs(full_q - full_k) < max(block_q, block_k):
+            full_q = full_k = min(full_q, full_k)
+        q_len = full_q if q_len is None else q_len
+        kv_len = full_k if kv_len is None else kv_len
+        if -(-q_len // block_q) != n_q or -(-kv_len // block_k) != n_k:
+            raise ValueError(
+                f"from_block_mask: a mask of {n_q} x {n_k} blocks of {block_q} x {block_k} tokens "
+                f"does not cover q_len={q_len}, kv_len={kv_len}"
+            )
+        blank = cls(q_len=q_len, kv_len=kv_len, block_q=block_q)
+        first_key = torch.arange(n_k, device=mask.device) * block_k
+        mask = mask & (first_key <= blank.last_rows(mask.device)[:, None])
+        count = mask.sum(-1, dtype=torch.int32)
+        # A stable sort by "not kept" puts the kept blocks first and keeps them ascending.
+        index = mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+        index = index[..., : max(1, int(count.max()))]
+        start = (index * block_k).to(torch.int32)
+        return dataclasses.replace(blank, runs=(RunList(start, count, block_k),))
+
+    def check(self) -> None:
+        """Look at every run: ascending, disjoint, begun before the block's last row.
+
+        Raises:
+            ValueError: naming what is wrong. Reads the lists, so on a GPU it waits for them.
+        """
+        for run in self.runs:
+            start, count = run.expand(run.heads)
+            valid = run.valid(run.heads)
+            if bool((count < 0).any()) or bool((count > start.shape[2]).any()):
+                raise ValueError("BlockPlan: a count is negative or larger than its list")
+            limit = self.last_rows(start.device)[None, :, None] + 1
+            if self.key_order is not None:
+                limit = torch.full_like(limit, self.kv_len)
+            if bool(((start < 0) | (start >= limit))[valid].any()):
+                raise ValueError(
+                    "BlockPlan: a run begins before key 0 or after the last row of its query block"
+                )
+            if bool((start[..., 1:] < start[..., :-1] + run.width)[valid[..., 1:]].any()):
+                raise ValueError(
+                    f"BlockPlan: runs of width {run.width} must be ascending and disjoint"
+                )
+
+    def fit(self, q_len: int, kv_len: int) -> BlockPlan:
+        """This plan for lengths that end inside its last blocks (a block mask is no finer).
+
+        Raises:
+            ValueError: the lengths belong to another plan.
+        """
+        if (q_len, kv_len) == (self.q_len, self.kv_len):
+            return self
+        widest = max([self.block_q, *(run.width for run in self.runs)])
+        same_blocks = -(-q_len // self.block_q) == self.n_q_blocks
+        if not (same_blocks and q_len <= self.q_len and 0 <= self.kv_len - kv_len < widest):
+            raise ValueError(
+                f"the plan is for q_len={self.q_len}, kv_len={self.kv_len}, not for "
+                f"q_len={q_len}, kv_len={kv_len}"
+            )
+        return dataclasses.replace(self, q_len=q_len, kv_len=kv_len)
+
+    def head_density(self) -> Tensor:
+        """float64 `[heads]`: kept / causal per head. See `density`."""
+        kept, causal = self._pairs()
+        return kept.double() / causal
+
+    @property
+    def density(self) -> float:
+        """Kept / causal, over (query block, key block) pairs of all heads.
+
+        A plan of one run list is counted in blocks of its width. Any other is counted in keys that
+        at least one row of the query block sees, which is the same measure with blocks of width 1.
+        """
+        return float(self.head_density().mean())
+
+    def _pairs(self) -> tuple[Tensor, int]:
+        device = self.runs[0].start.device if self.runs else None
+        last = self.last_rows(device)
+        if len(self.runs) == 1 and not (self.sink or self.window or self.key_order is not None):
+            run = self.runs[0]
+            return run.expand(self.heads)[1].sum(-1), int((last // run.width + 1).sum())
+        causal = int((last + 1).sum())
+        if self.key_order is None:
+            return self._covered(last), causal
+        blocks = range(self.n_q_blocks)
+        seen = [sum(self.block_mask(h, b).any(0).sum() for b in blocks) for h in range(self.heads)]
+        return torch.stack([torch.as_tensor(count) for count in seen]), causal
+
+    def _covered(self, last: Tensor) -> Tensor:
+        """int64 `[heads]`: keys in the union of runs, sink and window, summed over query blocks."""
+        heads, n_blocks = self.heads, self.n_q_blocks
+        first = torch.arange(n_blocks, device=last.device) * self.block_q + self.q_offset
+        begins = [torch.zeros_like(first)[None, :, None].expand(heads, -1, 1)]
+        ends = [last.clamp(max=self.sink - 1)[None, :, None].expand(heads, -1, 1) + 1]
+        if self.window:
+            begins.append(
+                (first - self.window + 1).clamp(min=0)[None, :, None].expand(heads, -1, 1)
+            )
+            ends.append(last[None, :, None].expand(heads, -1, 1) + 1)
+        for run in self.runs:
+            start = run.expand(heads)[0].long()
+            end = torch.minimum(start + run.width, last[:, None] + 1)
+            begins.append(start)
+            ends.append(torch.where(run.valid(heads), end, start))
+        begin, order = torch.cat(begins, -1).sort(dim=-1)
+        end = torch.cat(ends, -1).gather(-1, order)
+        reached = torch.cat([torch.zeros_like(end[..., :1]), end.cummax(-1).values[..., :-1]], -1)
+        return (end - torch.maximum(begin, reached)).clamp(min=0).sum((-1, -2))
+
+    def listed_keys(self, head: int, block: int) -> Tensor:
+        """bool `[kv_len]`: keys in the runs of one query block, by their own positions."""
+        device = self.runs[0].start.device if self.runs else None
+        listed = torch.zeros(self.kv_len, dtype=torch.bool, device=device)
+        for run in self.runs:
+            count = int(run.count[head * run.count.shape[0] // self.heads, block])
+            start = run.start[head * run.start.shape[0] // self.heads, block, :count].long()
+            keys = (start[:, None] + torch.arange(run.width, device=device)).flatten()
+            listed[keys[keys < self.kv_len]] = True
+        if self.key_order is not None:
+            order = self.key_order[head * self.key_order.shape[0] // self.heads].long()
+            listed = torch.empty_like(listed).index_copy_(0, order, listed)
+        return listed
+
+    def block_mask(self, head: int, block: int) -> Tensor:
+        """bool `[rows, kv_len]`: what each row of one query block sees."""
+        listed = self.listed_keys(head, block)
+        key = torch.arange(self.kv_len, device=listed.device)
+        row = torch.arange(*self.row_range(block), device=listed.device)[:, None]
+        return (listed | (key < self.sink) | (row - key < self.window)) & (key <= row)
+
+    def to_dense_mask(self, q_len: int | None = None, kv_len: int | None = None) -> Tensor:
+        """bool `[heads, q_len, kv_len]`: the token mask every backend must equal.
+
+        Raises:
+            ValueError: the lengths do not fit the plan (see `fit`).
+        """
+        plan = self.fit(q_len or self.q_len, kv_len or self.kv_len)
+        blocks = range(plan.n_q_blocks)
+        return torch.stack(
+            [torch.cat([plan.block_mask(h, b) for b in blocks]) for h in range(plan.heads)]
+        )

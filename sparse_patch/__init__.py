@@ -1,0 +1,35 @@
+"""Training-free sparse attention for the prefill of Hugging Face models, in one line.
+
+import sparse_patch
+sparse_patch.patch(model, "flexprefill", gamma=0.9)   # and sparse_patch.unpatch(model)
+"""
+
+from sparse_patch_kernels import BackendUnavailable, BlockPlan, RunList
+
+from .diagnostics import recall
+from .patching import Patch, patch, report, unpatch
+from .registry import Method, describe, get_method, list_methods, param, register
+from .reporting import LayerReport, Report
+from .routing import SparsePatchWarning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "BlockPlan",
+    "LayerReport",
+    "Method",
+    "Patch",
+    "Report",
+    "RunList",
+    "SparsePatchWarning",
+    "describe",
+    "get_method",
+    "list_methods",
+    "param",
+    "patch",
+    "recall",
+    "register",
+    "report",
+    "unpatch",
+]

@@ -1,0 +1,508 @@
+"""Patch a live Transformers model, and undo it exactly. The only file that talks to Transformers.
+
+Attention modules look their function up by a name in their config, on every call. So importing this
+registers one name, `sparse_patch`, with an attention function and a mask function of its own; a
+patch writes that name into the text decoder's config and hangs the method on each attention module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from sparse_patch_kernels import choose_backend
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_utils import PreTrainedModel
+
+from . import methods as _methods  # noqa: F401 - registers the built-in methods
+from .exact import Exact
+from .registry import Method, get_method
+from .reporting import Report, make_report
+from .routing import Call, LayerState, Options
+
+NAME = "sparse_patch"
+_STATE, _STACK = "_sparse_patch", "_sparse_patch_stack"
+
+# These select keys themselves and hand the choice over as an argument that only "eager" and "sdpa"
+# turn into a mask. Under any other name the model would silently lose its own sparsity.
+NATIVE_SPARSE = {
+    "axk2",
+    "deepseek_v32",
+    "dots3_note",
+    "glm_moe_dsa",
+    "hy_v4",
+    "minimax_m3_vl",
+    "mistral_large4",
+}
+
+
+def patch(
+    model: nn.Module,
+    method: str | Method,
+    *,
+    layers: Iterable[int] | None = None,
+    dense_layers: int | Iterable[int] = (),
+    min_length: int = 1024,
+    min_queries: int = 64,
+    backend: str = "auto",
+    measure_recall: bool | int = False,
+    **params: Any,
+) -> Patch:
+    """Run the prefill of `model` through a sparse method, from now on.
+
+    A call runs sparse when it is a causal prefill without gradients that the method can handle, row
+    by row without its padding. Every other call runs exact attention and is counted by reason.
+
+    Args:
+        model: a Transformers decoder model, or a wrapper that holds one. Of a vision-language model
+            only the text decoder is patched.
+        method: a name from `list_methods()`, or a method object.
+        layers: indices of the layers to patch, negative from the end; default: all.
+        dense_layers: layers kept exact: indices, or a number n for the first n.
+        min_length: sequences with fewer keys run exact, tokens.
+        min_queries: calls with fewer queries against longer keys run exact (speculative decoding).
+        backend: one of `sparse_patch_kernels.BACKENDS`. A named one runs or raises; "auto" chooses.
+        measure_recall: also measure the attention mass kept, which costs about a dense prefill; a
+            number measures about so many query rows per call instead of all.
+        params: the method's parameters.
+
+    Returns:
+        The patch, already active: a handle (`remove()`, `report()`) and a context manager that
+        removes it on exit. Patches nest; the latest one that holds a layer counts.
+
+    Raises:
+        TypeError: `model` is not and does not hold a Transformers model.
+        ValueError: the method, a parameter, a layer or the backend does not exist, or the model
+            cannot be patched; the message says why and what to do.
+        sparse_patch_kernels.BackendUnavailable: the backend named cannot run on the model's device.
+    """
+    root = _transformers_model(model)
+    chosen = _as_method(method, params)
+    modules = _attention_modules(root)
+    wanted, dense = _select_layers([layer for layer, _ in modules], layers, dense_layers)
+    if min_length < 0 or min_queries < 0:
+        raise ValueError(
+            f"min_length={min_length} and min_queries={min_queries} must be at least 0 tokens"
+        )
+    if choose_backend(backend, torch.device("cpu")) and backend != "auto":
+        choose_backend(backend, root.device)
+    options = Options(min_length, min_queries, backend, measure_recall)
+    states = [
+        (module, LayerState(layer, None if layer in dense else chosen, options))
+        for layer, module in modules
+        if layer in wanted
+    ]
+    handle = Patch(root, chosen, states, _text_configs(root, modules))
+    handle._apply()
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Remove every patch of `model` and restore it exactly; an unpatched model is left alone."""
+    root = _transformers_model(model)
+    for handle in reversed(list(_stack(root))):
+        handle.remove()
+
+
+def report(model: nn.Module) -> Report:
+    """What the latest patch of `model` did so far, per layer.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    stack = _stack(_transformers_model(model))
+    if not stack:
+        raise ValueError("report: this model is not patched; call sparse_patch.patch(model, ...)")
+    return stack[-1].report()
+
+
+@dataclass(eq=False)
+class Patch:
+    """An active patch: a handle, and a context manager that removes it on exit."""
+
+    model: PreTrainedModel
+    method: Method
+    _states: list[tuple[nn.Module, LayerState]]
+    _configs: list[tuple[PreTrainedConfig, str | None]]
+    _hook: Any = field(default=None, repr=False)
+
+    def report(self) -> Report:
+        """What this patch did so far, per layer. Still there after `remove()`."""
+        return make_report(repr(self.method), (state for _, state in self._states))
+
+    def remove(self) -> None:
+        """Take this patch out, and restore what was before it. A second call does nothing."""
+        stack = _stack(self.model)
+        if self not in stack:
+            return
+        place = stack.index(self)
+        if place + 1 < len(stack):
+            # A later patch stays on: it now has to restore what was before this one.
+            stack[place + 1]._configs = self._configs
+        else:
+            _write_names(self._configs)
+        stack.remove(self)
+        self._hook.remove()
+        for module, _ in self._states:
+            _hang_latest(module, stack)
+        if not stack:
+            delattr(self.model, _STACK)
+            del self.model.__dict__["init_continuous_batching"]
+
+    def _apply(self) -> None:
+        stack = _stack(self.model)
+        if not stack:
+            setattr(self.model, _STACK, stack)
+            self.model.__dict__["init_continuous_batching"] = _refuse_continuous_batching
+        stack.append(self)
+        self._hook = self.model.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
+        for module, _ in self._states:
+            _hang_latest(module, stack)
+        _write_names([(config, NAME) for config, _ in self._configs])
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def _stack(root: PreTrainedModel) -> list[Patch]:
+    stack: list[Patch] = getattr(root, _STACK, [])
+    return stack
+
+
+def _write_names(configs: Iterable[tuple[PreTrainedConfig, str | None]]) -> None:
+    for config, name in configs:
+        # The public setter would also rename the vision tower's sub-config.
+        config._attn_implementation_internal = name
+
+
+def _hang_latest(module: nn.Module, stack: list[Patch]) -> None:
+    """Give a module the state of the latest patch that holds it, or none."""
+    for handle in reversed(stack):
+        for candidate, state in handle._states:
+            if candidate is module:
+                setattr(module, _STATE, state)
+                return
+    delattr(module, _STATE)
+
+
+def _refuse_continuous_batching(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "sparse_patch: continuous batching (generate_batch, paged caches) is not supported; it "
+        "would swap the patched attention out. Call sparse_patch.unpatch(model), or use generate."
+    )
+
+
+def _refuse_weights(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: a patched model has no attention weights to return (sparse "
+            "attention never computes them all). Call sparse_patch.unpatch(model) and use "
+            'attn_implementation="eager".'
+        )
+
+
+def _as_method(method: str | Method, params: dict[str, Any]) -> Method:
+    if isinstance(method, str):
+        return get_method(method, **params)
+    if params:
+        raise ValueError(
+            f"parameters {sorted(params)} go with a method's name; a method object has its own"
+        )
+    if not callable(getattr(method, "plan", None)):
+        raise ValueError(f"method={method!r} must be a name or an object with plan(q, k, ...)")
+    return method
+
+
+def _select_layers(
+    known: list[int], layers: Iterable[int] | None, dense_layers: int | Iterable[int]
+) -> tuple[set[int], set[int]]:
+    """Layers to patch and, among them, layers kept dense."""
+    total = max(known) + 1
+    if isinstance(dense_layers, int):
+        dense_layers = [layer for layer in known if layer < dense_layers]
+
+    def resolve(name: str, given: Iterable[int]) -> set[int]:
+        found = {layer + total if layer < 0 else layer for layer in given}
+        if not found <= set(known):
+            raise ValueError(
+                f"{name}: no attention layer {sorted(found - set(known))}; this model has {known}"
+            )
+        return found
+
+    wanted = set(known) if layers is None else resolve("layers", layers)
+    return wanted, resolve("dense_layers", dense_layers)
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The outermost Transformers model in `model` (itself, or inside PEFT, DDP, torch.compile)."""
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return module
+    raise TypeError(f"{type(model).__name__} is not, and does not hold, a Transformers model")
+
+
+def _attention_modules(root: PreTrainedModel) -> list[tuple[int, nn.Module]]:
+    """(layer index, module) of the text decoder's self-attention.
+
+    Raises:
+        ValueError: this kind of model cannot be patched.
+    """
+    name = type(root).__name__
+    kinds = {root.config.model_type, _text_config(root).model_type}
+    if native := kinds & NATIVE_SPARSE:
+        raise ValueError(
+            f"{name} ({', '.join(native)}) selects keys itself; patching would undo its own "
+            "sparsity, so it is refused"
+        )
+    if getattr(root.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; only decoder models can be patched")
+    decoder = root.get_decoder()
+    owner = decoder if isinstance(decoder, PreTrainedModel) else root
+    if not owner._can_set_attn_implementation():
+        raise ValueError(
+            f"{name} does not look its attention up through Transformers' AttentionInterface, so "
+            "it cannot be patched; see https://huggingface.co/docs/transformers/attention_interface"
+        )
+    kind = type(_text_config(root))
+    lookers = {cls for cls in {type(m) for m in owner.modules()} if _looks_attention_up(cls)}
+    found = [
+        module
+        for module in owner.modules()
+        if type(module) in lookers
+        and isinstance(getattr(module, "config", None), kind)
+        and getattr(module, "is_causal", True)
+        and not getattr(module, "is_cross_attention", False)
+    ]
+    if not found:
+        raise ValueError(
+            f"{name}: found no causal self-attention module in its text decoder to patch; if the "
+            "decoder is nested, patch that sub-model"
+        )
+    return [
+        (index if getattr(module, "layer_idx", None) is None else module.layer_idx, module)
+        for index, module in enumerate(found)
+    ]
+
+
+def _looks_attention_up(kind: type) -> bool:
+    """Does the source of this class ask AttentionInterface for its function?"""
+    if issubclass(kind, PreTrainedModel):
+        return False
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.") or base is object:
+            continue
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):  # no source (frozen app, notebook): not one we can vouch for
+            continue
+        if ".get_interface(" in source and "_attn_implementation" in source:
+            return "Cross" not in kind.__name__
+    return False
+
+
+def _text_config(root: PreTrainedModel) -> PreTrainedConfig:
+    try:
+        return root.config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(root).__name__} holds several text models; patch the one you mean"
+        ) from error
+
+
+def _text_configs(
+    root: PreTrainedModel, modules: list[tuple[int, nn.Module]]
+) -> list[tuple[PreTrainedConfig, str | None]]:
+    """Every config whose name the decoder or its mask code reads, with its present name.
+
+    The top-level config belongs to them: some vision-language models build the decoder's mask from
+    it. Their towers read sub-configs of their own, which stay untouched.
+    """
+    configs = [root.config, _text_config(root), *(module.config for _, module in modules)]
+    decoder = root.get_decoder()
+    if isinstance(decoder, PreTrainedModel):
+        configs.append(decoder.config)
+    unique = {id(config): config for config in configs}
+    return [(config, config._attn_implementation_internal) for config in unique.values()]
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of one forward, as small as it can be said.
+
+    Returns:
+        None: causal, the queries being the last rows; nothing else.
+        bool `[batch, kv_len]`: the same plus padding (True: a real token).
+        bool `[batch, 1, q_len, kv_len]`: anything else.
+    """
+    plain = (
+        mask_function is causal_mask_function
+        and allow_is_causal_skip
+        and local_size is None
+        and not use_vmap
+        and not isinstance(q_offset, Tensor)
+        and kv_offset == 0
+        and q_length > 1
+        and kv_length == q_offset + q_length
+        and (attention_mask is None or attention_mask.shape == (batch_size, kv_length))
+    )
+    if plain:
+        # A compiled graph cannot look at the values; attention, outside of it, will.
+        compiling = torch.compiler.is_compiling()
+        if attention_mask is None or (not compiling and bool(attention_mask.all())):
+            return None
+        return attention_mask.bool()
+    kwargs.pop("allow_is_bidirectional_skip", None)
+    # Never None from here: SDPA's None means other things than ours.
+    mask: Tensor = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
+    return mask
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values and keeps counts: a compiled model breaks its graph here
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """AttentionInterface entry: sparse where the patch allows it, else exact.
+
+    Args:
+        query: `[batch, heads, q_len, dim]` after RoPE.
+        key, value: `[batch, kv_heads, kv_len, dim]` after the cache.
+        attention_mask: what `mask_function` returns, or a 4-D mask of the user's own.
+
+    Returns:
+        `[batch, q_len, heads, v_dim]`, and no weights.
+    """
+    call = Call.read(module, query.shape[-1], scaling, dropout, kwargs)
+    state: LayerState | None = getattr(module, _STATE, None)
+    if state is not None:
+        reason = state.why_exact(module, query, key, value, attention_mask, call)
+        if reason is None:
+            return _row_by_row(query, key, value, attention_mask, call, state), None
+        state.count_exact(reason, query.shape[0])
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return _row_by_row(query, key, value, attention_mask, call, None), None
+    out = _exact(call)(query, key, value, attention_mask)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _exact(call: Call) -> Exact:
+    return Exact(
+        scale=call.scale,
+        causal=call.causal,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        bias=call.bias,
+        dropout=call.dropout,
+    )
+
+
+def _row_by_row(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, call: Call, state: LayerState | None
+) -> Tensor:
+    """Each sequence without its padding, so that it gets the answer it would get alone.
+
+    Args:
+        padding: bool `[batch, kv_len]`, True at real tokens, or None.
+        state: decides sparse or exact per row; None: all exact.
+
+    Returns:
+        `[batch, q_len, heads, v_dim]`; padded rows are 0.
+    """
+    rows = []
+    for row in range(q.shape[0]):
+        keys, queries = _real_tokens(padding, row, q.shape[2])
+        real = slice(None) if queries is None else queries
+        q_row = q[row][:, real]
+        if q_row.shape[1] == 0:
+            out = None
+            if state is not None:
+                state.count_exact("all padding")
+        else:
+            out = _one_row(q_row, k[row][:, keys], v[row][:, keys], call, state)
+        if queries is not None:
+            whole = q.new_zeros(q.shape[2], q.shape[1], v.shape[3])
+            if out is not None:
+                whole[queries] = out.transpose(0, 1)
+            rows.append(whole)
+        elif out is not None:
+            rows.append(out.transpose(0, 1))
+    return rows[0][None].contiguous() if len(rows) == 1 else torch.stack(rows)
+
+
+def _one_row(q: Tensor, k: Tensor, v: Tensor, call: Call, state: LayerState | None) -> Tensor:
+    """`[heads, q_len, v_dim]` of one unpadded sequence."""
+    if state is not None:
+        out = state.attend(q, k, v, call.scale)
+        if isinstance(out, Tensor):
+            return out
+        state.count_exact(out)
+    return _exact(call)(q[None], k[None], v[None])[0]
+
+
+def _real_tokens(
+    padding: Tensor | None, row: int, q_len: int
+) -> tuple[slice | Tensor, slice | Tensor | None]:
+    """Which keys and which queries of one row are real; None for "all queries"."""
+    if padding is None:
+        return slice(None), None
+    real = padding[row].bool()
+    return _compact(real.nonzero()[:, 0]), _compact(real[-q_len:].nonzero()[:, 0])
+
+
+def _compact(index: Tensor) -> slice | Tensor:
+    """An ascending index as a slice where it is one: slicing needs no copy."""
+    n = index.numel()
+    if n == 0:
+        return slice(0, 0)
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == n else index
+
+
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, mask_function)

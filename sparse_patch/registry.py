@@ -1,0 +1,233 @@
+"""Methods by name: registration, lookup, and the base class that documents and checks parameters.
+
+    @register("my_method")
+    @dataclass(frozen=True)
+    class MyMethod(Method):
+        gamma: float = param(0.9, "attention mass to keep", above=0, upto=1)
+
+        def plan(self, q, k, *, scale, q_offset): ...
+
+A package of its own can offer methods without an import by its users: entry-point group
+`sparse_patch.methods`, name = method name, value = the class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from sparse_patch_kernels import BlockPlan
+from torch import Tensor
+
+ENTRY_POINT_GROUP = "sparse_patch.methods"
+
+
+@dataclass(frozen=True)
+class _Rule:
+    help: str
+    kind: Any  # what isinstance takes
+    above: float | None = None
+    least: float | None = None
+    upto: float | None = None
+    choices: tuple[Any, ...] | None = None
+    optional: bool = False
+
+    def allowed(self) -> str:
+        """The admitted values in words, for errors and `sparse-patch methods`."""
+        if self.choices is not None:
+            return "one of " + ", ".join(repr(choice) for choice in self.choices)
+        kind = "a whole number" if self.kind is int else "a number"
+        kind = "true or false" if self.kind is bool else kind
+        low = f" > {self.above:g}" if self.above is not None else ""
+        low = f" >= {self.least:g}" if self.least is not None else low
+        high = f" <= {self.upto:g}" if self.upto is not None else ""
+        both = " and" if low and high else ""
+        return f"{kind}{low}{both}{high}" + (" or None" if self.optional else "")
+
+    def admits(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if self.choices is not None:
+            return any(value == c and type(value) is type(c) for c in self.choices)
+        if isinstance(value, bool) != (self.kind is bool) or not isinstance(value, self.kind):
+            return False
+        number = float(value)
+        return (
+            math.isfinite(number)
+            and (self.above is None or number > self.above)
+            and (self.least is None or number >= self.least)
+            and (self.upto is None or number <= self.upto)
+        )
+
+
+def param(
+    default: Any,
+    help: str,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    upto: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    kind: type | None = None,
+) -> Any:
+    """A documented, range-checked dataclass field of a method.
+
+    Args:
+        default: its default; None makes the parameter optional (then give `kind`).
+        help: one line for `sparse-patch methods`.
+        above, least, upto: bounds `> above`, `>= least`, `<= upto`.
+        choices: the admitted values, instead of bounds.
+        kind: int, float or bool; default: the type of `default`. A float field takes ints too.
+    """
+    kind = kind or type(default)
+    kinds = (int, float) if kind is float else kind
+    rule = _Rule(help, kinds, above, least, upto, choices, optional=default is None)
+    return dataclasses.field(default=default, metadata={"rule": rule})
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of all methods: a frozen dataclass of parameters and one pure function, `plan`."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            rule = field.metadata.get("rule")
+            value = getattr(self, field.name)
+            if rule is not None and not rule.admits(value):
+                raise ValueError(
+                    f"{type(self).__name__}: {field.name}={value!r} must be {rule.allowed()} "
+                    f"({rule.help}; default {field.default!r})"
+                )
+
+    @abstractmethod
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
+        """Choose the keys of one unpadded sequence.
+
+        Args:
+            q: `[heads, q_len, dim]` after RoPE; row i is position `q_offset + i`.
+            k: `[kv_heads, kv_len, dim]` with `kv_len == q_offset + q_len`.
+            scale: factor that the model puts on the logits.
+            q_offset: keys before the first query (chunked prefill, second turn).
+
+        Returns:
+            The plan, or None where exact attention is right (too short, say).
+        """
+
+
+def check_sequence(q: Tensor, k: Tensor, q_offset: int) -> None:
+    """Raise a ValueError unless q, k and q_offset are what `Method.plan` asks for."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}"
+    if q.ndim != 3 or k.ndim != 3 or min(*q.shape, *k.shape) == 0:
+        raise ValueError(f"plan: q and k must be [heads, seq, head_dim], not empty; got {shapes}")
+    if q.shape[2] != k.shape[2] or q.shape[0] % k.shape[0]:
+        raise ValueError(
+            f"plan: q and k must share head_dim, heads be a multiple of KV heads; got {shapes}"
+        )
+    if q.dtype != k.dtype or q.device != k.device:
+        raise ValueError(
+            f"plan: q and k must share dtype and device; got {q.dtype} on {q.device} and "
+            f"{k.dtype} on {k.device}"
+        )
+    if q_offset < 0 or q_offset + q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"plan: q_offset={q_offset} plus {q.shape[1]} queries must equal {k.shape[1]} keys"
+        )
+
+
+MethodClass = TypeVar("MethodClass", bound=type)
+_METHODS: dict[str, type] = {}
+
+
+def register(name: str, *, replace: bool = False) -> Callable[[MethodClass], MethodClass]:
+    """Class decorator: make a method available under `name`.
+
+    Args:
+        name: what users pass to `patch`; letters, digits and underscores.
+        replace: allow taking over a name that exists.
+
+    Raises:
+        ValueError: the name is taken or not an identifier.
+        TypeError: the class is not a dataclass with a `plan` method.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"register: {name!r} must be letters, digits and underscores")
+
+    def add(cls: MethodClass) -> MethodClass:
+        if not (dataclasses.is_dataclass(cls) and callable(getattr(cls, "plan", None))):
+            raise TypeError(
+                f"register: {cls!r} must be a dataclass with plan(q, k, *, scale, q_offset); "
+                "put @dataclass(frozen=True) below @register"
+            )
+        taken = _METHODS.get(name)
+        if taken is not None and taken is not cls and not replace:
+            raise ValueError(
+                f"register: {name!r} is already {taken.__module__}.{taken.__qualname__}; pass "
+                "replace=True to take it over"
+            )
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def list_methods() -> list[str]:
+    """Names that `patch` and `get_method` take, sorted; third-party plugins included."""
+    return sorted({*_METHODS, *_plugins()})
+
+
+def method_class(name: str) -> type:
+    """The class behind a name.
+
+    Raises:
+        ValueError: no method has that name; the message suggests the nearest.
+    """
+    if name in _METHODS:
+        return _METHODS[name]
+    plugin = _plugins().get(name)
+    if plugin is not None:
+        register(name)(plugin.load())
+        return _METHODS[name]
+    raise ValueError(f"unknown method {name!r}{_nearest(name, list_methods())}")
+
+
+def get_method(name: str, **params: Any) -> Method:
+    """Build a method from keyword arguments.
+
+    Raises:
+        ValueError: unknown name, unknown parameter, or a value out of its range. The message names
+            the argument and what it may be.
+    """
+    cls = method_class(name)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in params:
+        if key not in known:
+            raise ValueError(f"{name} has no parameter {key!r}{_nearest(key, known)}")
+    method: Method = cls(**params)
+    return method
+
+
+def describe(name: str) -> list[tuple[str, Any, str, str]]:
+    """Parameters of a method: (name, default, admitted values, help), in order."""
+    rows = []
+    for field in dataclasses.fields(method_class(name)):
+        rule = field.metadata.get("rule")
+        allowed, text = (rule.allowed(), rule.help) if rule else (str(field.type), "")
+        rows.append((field.name, field.default, allowed, text))
+    return rows
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{hint} Known: {', '.join(known) or 'none'}"

@@ -1,0 +1,122 @@
+"""What a patch did, layer by layer: calls, sparse calls, density, recall, exact calls by reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .routing import LayerState
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. A call is one sequence in one forward.
+
+    Attributes:
+        layer: the layer's index in the model.
+        calls: sparse and exact calls together.
+        sparse_calls: calls that ran the method's plan.
+        density: kept / causal, mean over sparse calls; None without any.
+        recall: attention mass kept, mean over the calls measured; None if none was.
+        exact: exact calls by reason.
+    """
+
+    layer: int
+    calls: int
+    sparse_calls: int
+    density: float | None
+    recall: float | None
+    exact: dict[str, int]
+
+    @classmethod
+    def of(cls, state: LayerState) -> LayerReport:
+        stats = state.stats
+        return cls(
+            layer=state.layer,
+            calls=stats.sparse + stats.exact.total(),
+            sparse_calls=stats.sparse,
+            density=stats.density / stats.sparse if stats.sparse else None,
+            recall=stats.recall / stats.measured if stats.measured else None,
+            exact=dict(stats.exact),
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """`print(report)` shows a table; `to_dict()` is JSON-ready."""
+
+    method: str
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def calls(self) -> int:
+        return sum(layer.calls for layer in self.layers)
+
+    @property
+    def sparse_calls(self) -> int:
+        return sum(layer.sparse_calls for layer in self.layers)
+
+    @property
+    def density(self) -> float | None:
+        """Kept / causal over all sparse calls; None without any."""
+        return self._mean("density")
+
+    @property
+    def recall(self) -> float | None:
+        """Attention mass kept, over all sparse calls; None if not measured."""
+        return self._mean("recall")
+
+    @property
+    def exact(self) -> dict[str, int]:
+        """Exact calls by reason, over all layers."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            total.update(layer.exact)
+        return dict(total.most_common())
+
+    def _mean(self, what: str) -> float | None:
+        weighted = [
+            (getattr(layer, what), layer.sparse_calls)
+            for layer in self.layers
+            if getattr(layer, what) is not None
+        ]
+        calls = sum(weight for _, weight in weighted)
+        return sum(value * weight for value, weight in weighted) / calls if calls else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "calls": self.calls,
+            "sparse_calls": self.sparse_calls,
+            "density": self.density,
+            "recall": self.recall,
+            "exact": self.exact,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            self.method,
+            f"{'layer':>5} {'calls':>6} {'sparse':>6} {'density':>7} {'recall':>7}  exact",
+        ]
+        total = LayerReport(
+            -1, self.calls, self.sparse_calls, self.density, self.recall, self.exact
+        )
+        for layer in (*self.layers, total):
+            name = "all" if layer is total else str(layer.layer)
+            reasons = ", ".join(f"{why} {n}" for why, n in layer.exact.items())
+            lines.append(
+                f"{name:>5} {layer.calls:>6} {layer.sparse_calls:>6} "
+                f"{_share(layer.density):>7} {_share(layer.recall):>7}  {reasons}"
+            )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def make_report(method: str, states: Iterable[LayerState]) -> Report:
+    return Report(method, tuple(LayerReport.of(state) for state in states))

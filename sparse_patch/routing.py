@@ -1,0 +1,195 @@
+"""When a call runs sparse, when exact, and why: decided per call, counted by reason."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sparse_patch_kernels import BackendUnavailable, block_sparse_attention, choose_backend
+from torch import Tensor, nn
+
+from .diagnostics import recall
+from .registry import Method
+
+# Reasons for an exact call -> what a user should know, where it is not simply as it should be.
+# The texts are shown once per patch; a reason without one is routine and only counted.
+REASONS: dict[str, str | None] = {
+    "decode": None,
+    "layer kept dense": None,
+    "short": None,
+    "few queries": None,
+    "method": None,
+    "sliding window": None,
+    "all padding": None,
+    "training": "the model is in training mode; call model.eval() to run sparse",
+    "gradients": "gradients are being recorded; use torch.no_grad() or model.generate",
+    "mask": (
+        "an attention mask other than causal plus padding arrived (packed or chunked sequences, a "
+        "static cache, a 4-D mask of your own, or torch.compile with use_cache=False)"
+    ),
+    "softcap": "this model caps its logits, which the sparse op does not do",
+    "attention sinks": "this model has learned sink logits, which the sparse op does not do",
+    "position bias": "this model adds a bias to its logits, which the sparse op does not do",
+    "not causal": "this layer attends to the future",
+    "dropout": "attention dropout is on",
+    "non-finite": "q or k holds NaN or infinity; the model or its input is broken",
+    "no backend": "no sparse backend runs on this device yet",
+}
+
+
+class SparsePatchWarning(UserWarning):
+    """A patched model ran exact attention where one may have expected sparse."""
+
+
+@dataclass
+class Options:
+    """What the layers of one patch share."""
+
+    min_length: int
+    min_queries: int
+    backend: str
+    measure_recall: bool | int
+    warned: set[str] = field(default_factory=set)
+
+    def warn_once(self, reason: str) -> None:
+        text = REASONS[reason]
+        if text is not None and reason not in self.warned:
+            self.warned.add(reason)
+            warnings.warn(
+                f"sparse_patch: running exact attention ({reason}): {text}. "
+                "sparse_patch.report(model) counts such calls.",
+                SparsePatchWarning,
+                stacklevel=2,
+            )
+
+
+@dataclass
+class LayerStats:
+    """Counts of one layer; a call is one sequence in one forward."""
+
+    sparse: int = 0
+    density: float = 0.0
+    recall: float = 0.0
+    measured: int = 0
+    exact: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class LayerState:
+    """What a patched attention module carries; method None keeps the layer dense."""
+
+    layer: int
+    method: Method | None
+    options: Options
+    stats: LayerStats = field(default_factory=LayerStats)
+
+    def count_exact(self, reason: str, calls: int = 1) -> None:
+        self.stats.exact[reason] += calls
+        self.options.warn_once(reason)
+
+    def why_exact(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call
+    ) -> str | None:
+        """The reason why this call cannot be sparse, judged without looking at values.
+
+        "few queries" catches speculative decoding: a handful of queries against a long cache.
+        """
+        needs_grad = any(x.requires_grad for x in (q, k, v)) and torch.is_grad_enabled()
+        checks = {
+            "decode": q.shape[2] == 1,
+            "layer kept dense": self.method is None,
+            "training": module.training,
+            "gradients": needs_grad,
+            "not causal": not call.causal,
+            "sliding window": call.window is not None and call.window < k.shape[2],
+            "mask": mask is not None and mask.ndim != 2,
+            "softcap": call.softcap is not None,
+            "attention sinks": call.sinks is not None,
+            "position bias": call.bias is not None,
+            "dropout": call.dropout > 0,
+            "short": k.shape[2] < self.options.min_length,
+            "few queries": q.shape[2] < min(self.options.min_queries, k.shape[2]),
+        }
+        return next((reason for reason, holds in checks.items() if holds), None)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | str:
+        """One unpadded causal sequence: the sparse output, or the reason to run exact.
+
+        Args:
+            q: `[heads, q_len, dim]`; k, v: `[kv_heads, kv_len, dim]`.
+
+        Returns:
+            `[heads, q_len, v_dim]`, or a key of REASONS.
+        """
+        options = self.options
+        if k.shape[1] < options.min_length:  # without its padding, that is
+            return "short"
+        if not bool(torch.isfinite(q.sum(dtype=torch.float32) + k.sum(dtype=torch.float32))):
+            return "non-finite"
+        try:
+            backend = choose_backend(options.backend, q.device)
+        except BackendUnavailable:
+            if options.backend != "auto":
+                raise
+            return "no backend"
+        assert self.method is not None
+        plan = self.method.plan(q, k, scale=scale, q_offset=k.shape[1] - q.shape[1])
+        if plan is None:
+            return "method"
+        out = block_sparse_attention(q, k, v, plan, scale=scale, backend=backend)
+        self.stats.sparse += 1
+        self.stats.density += plan.density
+        if options.measure_recall:
+            rows = None if options.measure_recall is True else int(options.measure_recall)
+            self.stats.recall += float(recall(q, k, plan, scale=scale, rows=rows).mean())
+            self.stats.measured += 1
+        assert isinstance(out, Tensor)
+        return out
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model says about one attention call, beside its tensors."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    bias: Tensor | None
+    dropout: float
+
+    @classmethod
+    def read(
+        cls, module: nn.Module, head_dim: int, scaling: float | None, dropout: float, kw: Any
+    ) -> Call:
+        """Take the known keywords out of what a model passes; unknown ones are not attention's.
+
+        Raises:
+            RuntimeError: a keyword says that ignoring it would change the answer.
+        """
+        for name in ("indices", "block_indices"):
+            if kw.get(name) is not None:
+                raise RuntimeError(
+                    f"sparse_patch: this model selects keys itself ({name} was passed to "
+                    "attention); patching would undo that. Call sparse_patch.unpatch(model)."
+                )
+        if kw.get("cache") is not None:
+            raise RuntimeError(
+                "sparse_patch: continuous batching (paged caches) is not supported. Call "
+                "sparse_patch.unpatch(model), or use model.generate."
+            )
+        causal = kw.get("is_causal")
+        sinks = kw.get("s_aux")
+        return cls(
+            scale=head_dim**-0.5 if scaling is None else float(scaling),
+            causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+            window=kw.get("sliding_window"),
+            softcap=kw.get("softcap"),
+            sinks=kw.get("sinks") if sinks is None else sinks,
+            bias=kw.get("position_bias"),
+            dropout=float(dropout),
+        )
