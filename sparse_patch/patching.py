@@ -7,6 +7,7 @@ patch writes that name into the text decoder's config and hangs the method on ea
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -279,7 +280,8 @@ def _attention_modules(root: PreTrainedModel) -> list[tuple[int, nn.Module]]:
             "it cannot be patched; see https://huggingface.co/docs/transformers/attention_interface"
         )
     kind = type(_text_config(root))
-    lookers = {cls for cls in {type(m) for m in owner.modules()} if _looks_attention_up(cls)}
+    classes: set[Any] = {type(module) for module in owner.modules()}
+    lookers = {cls for cls in classes if _looks_attention_up(cls)}
     found = [
         module
         for module in owner.modules()
@@ -299,6 +301,7 @@ def _attention_modules(root: PreTrainedModel) -> list[tuple[int, nn.Module]]:
     ]
 
 
+@functools.cache  # reading a source takes milliseconds
 def _looks_attention_up(kind: type) -> bool:
     """Does the source of this class ask AttentionInterface for its function?"""
     if issubclass(kind, PreTrainedModel):
@@ -423,7 +426,7 @@ def attention_function(
         reason = state.why_exact(module, query, key, value, attention_mask, call)
         if reason is None:
             return _row_by_row(query, key, value, attention_mask, call, state), None
-        state.count_exact(reason, query.shape[0])
+        state.count_exact(reason, max(1, query.shape[0]))
     if attention_mask is not None and attention_mask.ndim == 2:
         return _row_by_row(query, key, value, attention_mask, call, None), None
     out = _exact(call)(query, key, value, attention_mask)

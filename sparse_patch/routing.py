@@ -24,6 +24,7 @@ REASONS: dict[str, str | None] = {
     "method": None,
     "sliding window": None,
     "all padding": None,
+    "empty batch": None,
     "training": "the model is in training mode; call model.eval() to run sparse",
     "gradients": "gradients are being recorded; use torch.no_grad() or model.generate",
     "mask": (
@@ -99,6 +100,7 @@ class LayerState:
         """
         needs_grad = any(x.requires_grad for x in (q, k, v)) and torch.is_grad_enabled()
         checks = {
+            "empty batch": q.shape[0] == 0,
             "decode": q.shape[2] == 1,
             "layer kept dense": self.method is None,
             "training": module.training,

@@ -9,6 +9,7 @@ their precision.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,44 +29,52 @@ def block_sparse_attention(
     """
     acc = torch.promote_types(q.dtype, torch.float32)
     heads, q_len, _ = q.shape
-    kv_heads = k.shape[0]
     k, v = k.to(acc), v.to(acc)
     out = torch.empty(q_len, heads, v.shape[2], dtype=q.dtype).transpose(0, 1)
     lse = torch.empty(heads, q_len, dtype=acc)
     # A unit is a set of neighbouring query heads with one list and one KV head.
-    units = math.lcm(plan.heads, kv_heads)
+    units = math.lcm(plan.heads, k.shape[0])
     for head in range(plan.heads):
-        keys_of = _KeyPicker(plan, head)
-        unit_range = range(head * units // plan.heads, (head + 1) * units // plan.heads)
+        pick = _KeyPicker(plan, head)
         for block in range(plan.n_q_blocks):
-            picked = keys_of(block)
+            picked = pick(block)
             rows = slice(block * plan.block_q, min((block + 1) * plan.block_q, q_len))
-            for unit in unit_range:
-                kv_head = unit * kv_heads // units
+            for unit in range(head * units // plan.heads, (head + 1) * units // plan.heads):
+                kv_head = unit * k.shape[0] // units
                 keys, values = picked.take(k[kv_head]), picked.take(v[kv_head])
-                first, last = unit * heads // units, (unit + 1) * heads // units
-                n_rows = rows.stop - rows.start
-                step = max(1, _MAX_TILE // max(1, n_rows * keys.shape[0]))
-                for h in range(first, last, step):
-                    tile = slice(h, min(h + step, last))
+                unit_heads = range(unit * heads // units, (unit + 1) * heads // units)
+                for tile in _tiles(unit_heads, (rows.stop - rows.start) * len(keys)):
                     queries = q[tile, rows].to(acc) * scale
-                    scores = (queries.flatten(0, 1) @ keys.T).view(-1, n_rows, keys.shape[0])
-                    picked.hide(scores)
-                    out[tile, rows], lse[tile, rows] = _softmax_times(scores, values)
+                    out[tile, rows], lse[tile, rows] = _attend(queries, keys, values, picked)
     return out, lse
 
 
-def _softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(scores) @ values and log-sum-exp; a row of -inf gives 0 and -inf. Eats `scores`."""
-    n_tiles, n_rows, n_keys = scores.shape
-    if n_keys == 0:
-        out = values.new_zeros(n_tiles, n_rows, values.shape[1])
-        return out, scores.new_full((n_tiles, n_rows), float("-inf"))
+def _tiles(heads: range, scores_per_head: int) -> Iterator[slice]:
+    """Slices of `heads` whose scores fit a tile together."""
+    step = max(1, _MAX_TILE // max(1, scores_per_head))
+    for first in range(heads.start, heads.stop, step):
+        yield slice(first, min(first + step, heads.stop))
+
+
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, picked: _Picked
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of scaled `queries [heads, rows, dim]` over the picked keys.
+
+    Returns:
+        `[heads, rows, v_dim]` and log-sum-exp `[heads, rows]`; 0 and -inf where nothing is seen.
+    """
+    heads, rows, dim = queries.shape
+    if len(keys) == 0:
+        lse = queries.new_full((heads, rows), float("-inf"))
+        return queries.new_zeros(heads, rows, values.shape[1]), lse
+    scores = (queries.reshape(-1, dim) @ keys.T).view(heads, rows, -1)
+    picked.hide(scores)
     # The lowest finite number instead of -inf keeps -inf minus the maximum at -inf, not NaN.
     top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
     probs = scores.sub_(top).exp_()
     total = probs.sum(-1, keepdim=True)
-    out = (probs.flatten(0, 1) @ values).view(n_tiles, n_rows, -1)
+    out = (probs.view(heads * rows, -1) @ values).view(heads, rows, -1)
     lse = (top + total.log()).squeeze(-1)
     return out.div_(total.masked_fill_(total == 0, 1.0)), lse
 

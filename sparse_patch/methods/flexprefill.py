@@ -115,6 +115,8 @@ def _line_blocks(
     columns = top_mask(vertical.masked_fill(column == 0, float("inf")), n_vertical)
     # Entry 0 of the flipped line is distance 0.
     diagonals = top_mask(slash.flip(-1).masked_fill(column == 0, float("inf")), n_slash)
+    # NaN sorts before infinity: a broken input must not leave a row without a key.
+    columns[:, 0] = diagonals[:, 0] = True
     distance = column[first_row:, None] - column
     on_diagonal = diagonals[:, distance.clamp(min=0)]
     return (columns[:, None] | on_diagonal) & (distance >= 0)

@@ -1,0 +1,224 @@
+"""Every backend equals the reference, and the reference equals a masked softmax."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparse_patch_kernels import (
+    BackendUnavailable,
+    BlockPlan,
+    block_sparse_attention,
+    choose_backend,
+)
+
+SHAPES = [
+    # heads, kv_heads, q_len, kv_len, dim, v_dim, block_q, block_k
+    (4, 2, 130, 130, 16, 16, 32, 32),
+    (4, 2, 70, 200, 16, 24, 32, 16),
+    (6, 3, 77, 77, 8, 8, 16, 64),
+    (4, 1, 33, 100, 80, 40, 64, 64),
+    (2, 2, 1, 50, 16, 16, 16, 16),
+    (3, 3, 128, 128, 192, 128, 128, 128),
+]
+
+
+def inputs(shape, dtype=torch.float32, seed=0):
+    heads, kv_heads, q_len, kv_len, dim, v_dim, _, _ = shape
+    torch.manual_seed(seed)
+    q, k = torch.randn(heads, q_len, dim), torch.randn(kv_heads, kv_len, dim)
+    return q.to(dtype), k.to(dtype), torch.randn(kv_heads, kv_len, v_dim).to(dtype)
+
+
+def variants(shape, lists=None):
+    """A block mask, and what else a plan may hold."""
+    heads, kv_heads, q_len, kv_len, _, _, block_q, block_k = shape
+    n_q, n_k = -(-q_len // block_q), -(-kv_len // block_k)
+    mask = torch.rand(lists or heads, n_q, n_k) < 0.5
+    base = BlockPlan.from_block_mask(
+        mask, block_q=block_q, block_k=block_k, q_len=q_len, kv_len=kv_len
+    )
+    order = torch.stack([torch.randperm(kv_len) for _ in range(kv_heads)])
+    change = dataclasses.replace
+    return {
+        "blocks": base,
+        "blocks+sink+window": change(base, sink=3, window=5),
+        "sink": change(base, runs=(), sink=7),
+        "window": change(base, runs=(), window=11),
+        "nothing": change(base, runs=()),
+        "two lists": change(base, runs=(*base.runs, *base.runs)),
+        "order": change(base, key_order=order),
+        "order+sink+window": change(base, key_order=order, sink=2, window=9),
+    }
+
+
+def assert_same(got, want, tolerance):
+    (out, lse), (want_out, want_lse) = got, want
+    assert out.dtype == want_out.dtype
+    assert torch.equal(lse.isinf(), want_lse.isinf())
+    finite = ~lse.isinf()
+    torch.testing.assert_close(lse[finite], want_lse[finite], atol=tolerance, rtol=0)
+    torch.testing.assert_close(out.float(), want_out.float(), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("lists", [None, "kv_heads", 1])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cpu_equals_reference(shape, lists):
+    q, k, v = inputs(shape)
+    for name, plan in variants(shape, shape[1] if lists == "kv_heads" else lists).items():
+        want = block_sparse_attention(q, k, v, plan, backend="reference", return_lse=True)
+        got = block_sparse_attention(q, k, v, plan, backend="cpu", return_lse=True)
+        assert not torch.isnan(got[0]).any(), name
+        assert_same(got, want, 3e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_keeping_everything_is_plain_causal_attention(shape, backend):
+    q, k, v = inputs(shape)
+    heads, kv_heads, q_len, kv_len, dim, *_ = shape
+    plan = BlockPlan(q_len, kv_len, shape[6], window=kv_len)
+    out, lse = block_sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
+    group = heads // kv_heads
+    scores = q @ k.repeat_interleave(group, 0).mT / dim**0.5
+    causal = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+    scores = scores.masked_fill(~causal, float("-inf"))
+    torch.testing.assert_close(lse, scores.logsumexp(-1), atol=3e-6, rtol=0)
+    want = scores.softmax(-1) @ v.repeat_interleave(group, 0)
+    torch.testing.assert_close(out, want, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.6e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_low_precision_accumulates_in_float32(dtype, tolerance, backend):
+    shape = SHAPES[0]
+    q, k, v = inputs(shape, dtype)
+    for plan in variants(shape).values():
+        wide = (x.double() for x in (q, k, v))
+        want, want_lse = block_sparse_attention(*wide, plan, backend="reference", return_lse=True)
+        out, lse = block_sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
+        assert out.dtype == dtype
+        assert lse.dtype == torch.float32
+        # The log-sum-exp never passes through the low precision, so it shows the accumulation.
+        torch.testing.assert_close(lse, want_lse.float(), atol=2e-5, rtol=0)
+        # The output is rounded once: half a step of its dtype at magnitude up to 4.
+        torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=0)
+
+
+@given(
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    q_len=st.integers(1, 70),
+    offset=st.integers(0, 70),
+    blocks=st.sampled_from([(8, 8), (16, 32), (32, 4)]),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_shape_agrees(heads, q_len, offset, blocks, seed):
+    shape = (*heads, q_len, q_len + offset, 8, 8, *blocks)
+    q, k, v = inputs(shape, seed=seed)
+    for plan in variants(shape).values():
+        want = block_sparse_attention(q, k, v, plan, backend="reference", return_lse=True)
+        assert_same(
+            block_sparse_attention(q, k, v, plan, backend="cpu", return_lse=True), want, 3e-6
+        )
+
+
+def test_tiles_wider_than_the_limit_agree(monkeypatch):
+    monkeypatch.setattr("sparse_patch_kernels.cpu._MAX_TILE", 500)
+    shape = SHAPES[0]
+    q, k, v = inputs(shape)
+    for plan in variants(shape, lists=1).values():
+        want = block_sparse_attention(q, k, v, plan, backend="reference", return_lse=True)
+        assert_same(
+            block_sparse_attention(q, k, v, plan, backend="cpu", return_lse=True), want, 3e-6
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_row_that_sees_no_key_gives_zero(backend):
+    q, k, v = inputs((1, 1, 32, 32, 8, 8, 16, 16))
+    mask = torch.tensor([[[True, False], [False, True]]])
+    plan = BlockPlan.from_block_mask(mask, block_q=16, block_k=16)
+    plan = dataclasses.replace(
+        plan, runs=(dataclasses.replace(plan.runs[0], count=torch.zeros(1, 2).int()),)
+    )
+    out, lse = block_sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert bool(lse.isneginf().all())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_large_logits_stay_finite_and_nan_stays_visible(backend):
+    shape = SHAPES[0]
+    q, k, v = inputs(shape)
+    plan = variants(shape)["blocks+sink+window"]
+    out = block_sparse_attention(q * 1e4, k, v, plan, backend=backend)
+    assert bool(torch.isfinite(out).all())
+    q[:, 5] = float("nan")
+    out = block_sparse_attention(q, k, v, plan, backend=backend)
+    assert bool(out[:, 5].isnan().all())
+    assert not bool(out[:, 6:].isnan().any())
+
+
+def test_cpu_never_builds_a_square(monkeypatch):
+    """No tensor of q_len x kv_len elements is allocated on the way."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    n = 2048
+    q, k, v = inputs((2, 1, n, n, 8, 8, 64, 64))
+    mask = torch.eye(n // 64, dtype=torch.bool)[None].repeat(2, 1, 1)
+    plan = BlockPlan.from_block_mask(mask, block_q=64, block_k=64)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        block_sparse_attention(q, k, v, plan, backend="cpu")
+    assert 0 < largest <= q.numel()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[None], k, v), "without batch axis"),
+        (lambda q, k, v: (q[:, :0], k, v), "must not be empty"),
+        (lambda q, k, v: (q[:0], k, v), "must not be empty"),
+        (lambda q, k, v: (q, k[:, :-1], v), "agree in heads and length"),
+        (lambda q, k, v: (q[..., :-1], k, v), "head_dim"),
+        (lambda q, k, v: (q[:3], k, v), "multiple of KV heads"),
+        (lambda q, k, v: (q.half(), k, v), "one floating dtype"),
+        (lambda q, k, v: (q.int(), k.int(), v.int()), "one floating dtype"),
+        (lambda q, k, v: (q[:, :-40], k, v), "the plan is for"),
+        (lambda q, k, v: (q[:2], k, v), "do not divide"),
+        (lambda q, k, v: (q.requires_grad_(), k, v), "no backward"),
+        (lambda q, k, v: (q, k.to("meta"), v), "one device"),
+    ],
+)
+def test_bad_inputs_are_named(change, message):
+    shape = SHAPES[0]
+    plan = variants(shape)["blocks"]
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(*change(*inputs(shape)), plan)
+
+
+def test_a_named_backend_works_or_raises():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_backend("auto", cpu) == choose_backend(None, cpu) == "cpu"
+    assert choose_backend("reference", cuda) == "reference"
+    with pytest.raises(BackendUnavailable, match="Triton kernels, which this release"):
+        choose_backend("triton", cuda)
+    with pytest.raises(BackendUnavailable, match="tensors on a GPU"):
+        choose_backend("triton", cpu)
+    with pytest.raises(BackendUnavailable, match="CPU tensors"):
+        choose_backend("cpu", cuda)
+    with pytest.raises(BackendUnavailable, match="backend='reference'"):
+        choose_backend("auto", cuda)
+    with pytest.raises(ValueError, match="choose one of"):
+        choose_backend("cuda", cpu)

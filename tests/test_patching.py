@@ -1,0 +1,548 @@
+"""What a patch does to a live model, and that it can be taken out again. Pitfalls, one by one."""
+
+import copy
+import io
+import threading
+import warnings
+
+import pytest
+import torch
+from sparse_patch_kernels import BackendUnavailable
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import sparse_patch
+from sparse_patch import SparsePatchWarning, patching
+from tests.zoo import tiny_model
+
+FLEX = {"block_size": 16, "min_budget": 1, "gamma": 0.5, "min_length": 0, "min_queries": 0}
+KEEP = {"block_size": 16, "min_length": 0, "min_queries": 0}
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")
+
+
+def tokens(batch=1, length=200, seed=0):
+    return torch.randint(6, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids, **inputs):
+    return model(ids, **inputs).logits
+
+
+def left_padded(rows, length):
+    """Token rows of several lengths -> ids, mask, positions of one batch."""
+    ids, mask = (
+        torch.zeros(len(rows), length, dtype=torch.long),
+        torch.zeros(len(rows), length).long(),
+    )
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = row
+        mask[i, length - len(row) :] = 1
+    return ids, {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+# --- one line in, one line out -------------------------------------------------------------------
+
+
+def test_one_line_patches_and_one_line_restores(llama):
+    ids = tokens()
+    before = logits(llama, ids)
+    sparse_patch.patch(llama, "flexprefill", **FLEX)
+    during = logits(llama, ids)
+    assert sparse_patch.report(llama).sparse_calls == 4
+    assert 0 < sparse_patch.report(llama).density < 1
+    assert not torch.equal(during, before)
+    sparse_patch.unpatch(llama)
+    assert torch.equal(logits(llama, ids), before)
+    with pytest.raises(ValueError, match="not patched"):
+        sparse_patch.report(llama)
+    sparse_patch.unpatch(llama)  # nothing to do, nothing to complain of
+
+
+def test_the_context_manager_restores_after_an_error(llama):
+    ids = tokens()
+    before = logits(llama, ids)
+
+    def interrupted():
+        with sparse_patch.patch(llama, "flexprefill", **FLEX):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert torch.equal(logits(llama, ids), before)
+    assert llama.config._attn_implementation == "eager"
+
+
+def test_patches_nest_and_leave_in_any_order(llama):
+    ids = tokens()
+    plain = logits(llama, ids)
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as outer:
+        flex = logits(llama, ids)
+        with sparse_patch.patch(llama, "a_shape", sink=1, window=9, min_length=0) as inner:
+            shape = logits(llama, ids)
+        assert torch.equal(logits(llama, ids), flex)
+        assert (outer.report().sparse_calls, inner.report().sparse_calls) == (8, 4)
+    assert torch.equal(logits(llama, ids), plain)
+
+    outer = sparse_patch.patch(llama, "flexprefill", **FLEX)
+    inner = sparse_patch.patch(llama, "a_shape", sink=1, window=9, min_length=0)
+    outer.remove()
+    assert torch.equal(logits(llama, ids), shape)
+    outer.remove()  # a second time is no harm
+    inner.remove()
+    assert torch.equal(logits(llama, ids), plain)
+    assert llama.config._attn_implementation == "eager"
+
+
+def test_an_inner_patch_of_some_layers_leaves_the_others_to_the_outer(llama):
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as outer:
+        with sparse_patch.patch(llama, "a_shape", layers=[1, -1], min_length=0) as inner:
+            logits(llama, tokens())
+        assert [layer.calls for layer in outer.report().layers] == [1, 0, 1, 0]
+        assert [layer.layer for layer in inner.report().layers] == [1, 3]
+
+
+def test_dense_layers_stay_exact(llama):
+    with sparse_patch.patch(llama, "flexprefill", dense_layers=2, **FLEX) as handle:
+        logits(llama, tokens())
+    assert [layer.sparse_calls for layer in handle.report().layers] == [0, 0, 1, 1]
+    assert handle.report().exact == {"layer kept dense": 2}
+    with sparse_patch.patch(llama, "flexprefill", dense_layers=[-1], **FLEX) as handle:
+        logits(llama, tokens())
+    assert [layer.sparse_calls for layer in handle.report().layers] == [1, 1, 1, 0]
+
+
+def test_two_models_two_methods(llama):
+    other = tiny_model("llama")
+    sparse_patch.patch(llama, "flexprefill", **FLEX)
+    sparse_patch.patch(other, "a_shape", sink=1, window=9, min_length=0)
+    done = {}
+    threads = [
+        threading.Thread(target=lambda m=m, n=n: done.update({n: logits(m, tokens())}))
+        for n, m in {"flex": llama, "shape": other}.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(done["flex"], logits(llama, tokens()))
+    assert torch.equal(done["shape"], logits(other, tokens()))
+    assert not torch.equal(done["flex"], done["shape"])
+
+
+def test_a_deepcopy_and_a_pickle_keep_the_patch_and_their_own_counts(llama):
+    sparse_patch.patch(llama, "flexprefill", **FLEX)
+    want = logits(llama, tokens())
+    file = io.BytesIO()
+    torch.save(llama, file)
+    file.seek(0)
+    for clone in (copy.deepcopy(llama), torch.load(file, weights_only=False)):
+        assert torch.equal(logits(clone, tokens()), want)
+        assert sparse_patch.report(clone).sparse_calls == 8
+        assert sparse_patch.report(llama).sparse_calls == 4
+        sparse_patch.unpatch(clone)
+        assert clone.config._attn_implementation == "eager"
+    assert torch.equal(logits(llama, tokens()), want)
+
+
+def test_saving_a_patched_model_leaks_nothing(llama, tmp_path):
+    ids = tokens()
+    before = logits(llama, ids)
+    sparse_patch.patch(llama, "flexprefill", **FLEX)
+    llama.save_pretrained(tmp_path)
+    assert "sparse_patch" not in (tmp_path / "config.json").read_text()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(logits(plain, ids), before)
+    named = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sparse_patch")
+    torch.testing.assert_close(logits(named, ids), before, atol=1e-4, rtol=0)
+
+
+def test_a_wrapper_is_patched_through(llama):
+    wrapped = torch.nn.Sequential(torch.nn.ModuleDict({"inner": llama}))
+    with sparse_patch.patch(wrapped, "flexprefill", **FLEX):
+        logits(llama, tokens())
+        assert sparse_patch.report(wrapped).sparse_calls == 4
+    assert llama.config._attn_implementation == "eager"
+
+
+def test_a_method_object_is_as_good_as_a_name(llama):
+    method = sparse_patch.get_method("flexprefill", block_size=16, min_budget=1)
+    with sparse_patch.patch(llama, method, min_length=0) as handle:
+        logits(llama, tokens())
+    assert handle.report().sparse_calls == 4
+    assert "gamma=0.9" in handle.report().method
+
+
+# --- padding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", [("flexprefill", FLEX), ("a_shape", {"window": 9, "sink": 1})])
+def test_a_sparse_row_does_not_feel_its_padding(llama, side, method):
+    name, params = method
+    rows = [tokens(length=n, seed=n)[0] for n in (200, 133)]
+    ids, extra = left_padded(rows, 200)
+    where = [slice(0, 200), slice(67, 200)]
+    if side == "right":
+        ids[1], extra["attention_mask"][1] = ids[1].roll(133), extra["attention_mask"][1].roll(133)
+        extra["position_ids"][1] = torch.arange(200)
+        where[1] = slice(0, 133)
+    with sparse_patch.patch(llama, name, **{**params, "min_length": 0}) as handle:
+        batch = logits(llama, ids, **extra)
+        assert handle.report().sparse_calls == 8
+        for i, row in enumerate(rows):
+            alone = logits(llama, row[None])[0]
+            torch.testing.assert_close(batch[i, where[i]], alone, atol=5e-5, rtol=0)
+
+
+def test_padding_in_the_middle_is_skipped_too(llama):
+    ids, mask = tokens(), torch.ones(1, 200).long()
+    mask[:, 50:90] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    short = torch.cat([ids[:, :50], ids[:, 90:]], 1)
+    with sparse_patch.patch(llama, "flexprefill", **FLEX):
+        got = logits(llama, ids, attention_mask=mask, position_ids=positions)[0, 90:]
+        torch.testing.assert_close(got, logits(llama, short)[0, 50:], atol=5e-5, rtol=0)
+
+
+def test_a_row_that_is_all_padding_is_zero_and_counted(llama):
+    ids, extra = left_padded([tokens()[0], tokens()[0][:0]], 200)
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
+        got = logits(llama, ids, **extra)
+        torch.testing.assert_close(got[0], logits(llama, tokens())[0], atol=5e-5, rtol=0)
+    assert bool(torch.isfinite(got).all())
+    assert handle.report().exact == {"all padding": 4}
+
+
+def test_an_empty_batch_is_exact_and_counted(llama):
+    """Transformers' own Llama cannot reshape one, so this asks the attention alone."""
+    module = llama.model.layers[0].self_attn
+    q, kv = torch.randn(0, 4, 200, 16), torch.randn(0, 2, 200, 16)
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
+        assert patching.attention_function(module, q, kv, kv, None)[0].shape == (0, 200, 4, 16)
+    assert handle.report().exact == {"empty batch": 1}
+
+
+# --- chunks, turns, caches -----------------------------------------------------------------------
+
+
+def test_chunks_and_turns_run_sparse_with_their_offset(llama):
+    ids = tokens(length=300)
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle, torch.no_grad():
+        first = llama(ids[:, :150], use_cache=True)
+        llama(ids[:, 150:], past_key_values=first.past_key_values)
+    assert handle.report().sparse_calls == 8
+
+
+def test_a_few_queries_against_a_long_cache_run_exact(llama):
+    """Speculative decoding verifies a handful of tokens at once."""
+    ids = tokens(length=210)
+    want = logits(llama, ids)
+    with sparse_patch.patch(llama, "dense", **{**KEEP, "min_queries": 64}) as handle:
+        with torch.no_grad():
+            first = llama(ids[:, :200], use_cache=True)
+            got = llama(ids[:, 200:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(got, want[:, 200:], atol=5e-5, rtol=0)
+    assert handle.report().exact == {"few queries": 4}
+
+
+def test_assisted_generation_equals_plain_generation(llama):
+    ids = tokens(length=100)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    want = llama.generate(ids, **options)
+    with sparse_patch.patch(llama, "dense", **{**KEEP, "min_queries": 64}) as handle:
+        got = llama.generate(ids, assistant_model=tiny_model("llama"), **options)
+    assert torch.equal(got, want)
+    assert handle.report().exact["few queries"] > 0
+
+
+def test_decode_is_exact_and_never_warns(llama):
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            llama.generate(tokens(), max_new_tokens=5, do_sample=False)
+    assert handle.report().exact == {"decode": 16}
+    assert handle.report().sparse_calls == 4
+
+
+def test_a_static_cache_runs_exact_and_says_so(llama):
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+    want = llama.generate(tokens(), **options)
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
+        with pytest.warns(SparsePatchWarning, match="static cache"):
+            got = llama.generate(tokens(), **options)
+    assert torch.equal(got, want)
+    assert handle.report().exact["mask"] == 4
+    assert handle.report().sparse_calls == 0
+
+
+# --- what a method cannot do ---------------------------------------------------------------------
+
+
+def exact_only(model, ids, reason, **inputs):
+    """Patched logits equal unpatched ones, all calls are counted as `reason`, one warning."""
+    want = model(ids, **inputs).logits
+    with sparse_patch.patch(model, "flexprefill", **FLEX) as handle:
+        with pytest.warns(SparsePatchWarning) as caught:
+            got = [model(ids, **inputs).logits for _ in range(2)][0]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    assert set(handle.report().exact) == {reason}
+    assert handle.report().sparse_calls == 0
+    assert [str(w.message).count(f"({reason})") for w in caught] == [1]
+
+
+def test_training_mode_runs_exact(llama):
+    exact_only(llama.train(), tokens(), "training")
+
+
+def test_recorded_gradients_run_exact(llama):
+    exact_only(llama, tokens(), "gradients")
+
+
+@torch.no_grad()
+def test_a_mask_of_the_users_own_runs_exact(llama):
+    mask = torch.rand(1, 1, 200, 200, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask |= torch.eye(200, dtype=torch.bool)
+    added = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    exact_only(llama, tokens(), "mask", attention_mask=added)
+    llama.set_attn_implementation("sdpa")  # eager would add a boolean mask to the logits
+    exact_only(llama, tokens(), "mask", attention_mask=mask)
+
+
+@torch.no_grad()
+def test_packed_sequences_run_exact(llama):
+    positions = torch.cat([torch.arange(80), torch.arange(120)])[None]
+    exact_only(llama, tokens(), "mask", position_ids=positions, use_cache=False)
+
+
+def test_training_with_padding_has_the_loss_and_gradients_of_sdpa(llama):
+    llama.set_attn_implementation("sdpa")
+    llama.train()
+    llama.gradient_checkpointing_enable()
+    ids, extra = left_padded([tokens(length=n)[0] for n in (60, 47)], 60)
+    extra["labels"] = ids.masked_fill(extra["attention_mask"] == 0, -100)
+
+    def step():
+        llama.zero_grad()
+        loss = llama(ids, **extra).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in llama.named_parameters()}
+
+    loss, grads = step()
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
+        patched_loss, patched_grads = step()
+    torch.testing.assert_close(patched_loss, loss, atol=1e-5, rtol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(patched_grads[name], grad, atol=2e-4, rtol=1e-3)
+    assert handle.report().sparse_calls == 0
+
+
+def test_short_sequences_run_exact_without_a_warning(llama):
+    ids = tokens()
+    with sparse_patch.patch(llama, "flexprefill", **{**FLEX, "min_length": 201}) as handle:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            logits(llama, ids)
+    assert handle.report().exact == {"short": 4}
+
+
+def test_a_row_that_is_short_without_its_padding_runs_exact(llama):
+    ids, extra = left_padded([tokens(length=n)[0] for n in (200, 100)], 200)
+    with sparse_patch.patch(llama, "flexprefill", **{**FLEX, "min_length": 150}) as handle:
+        logits(llama, ids, **extra)
+    assert handle.report().exact == {"short": 4}
+    assert handle.report().sparse_calls == 4
+
+
+def test_nan_in_q_runs_exact_and_warns(llama):
+    with torch.no_grad():
+        llama.model.layers[2].self_attn.q_proj.weight[0, 0] = float("nan")
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
+        with pytest.warns(SparsePatchWarning, match="NaN or infinity"):
+            got = logits(llama, tokens())
+    assert bool(got.isnan().any())
+    assert handle.report().exact == {"non-finite": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "reasons"),
+    [
+        ("gemma2", {"softcap", "sliding window"}),
+        ("gpt_oss", {"attention sinks", "sliding window"}),
+        ("mistral_swa", {"sliding window"}),
+        ("llama4_text", {"mask"}),
+    ],
+)
+def test_special_layers_are_counted_by_reason(family, reasons):
+    model = tiny_model(family)
+    with sparse_patch.patch(model, "flexprefill", **FLEX) as handle:
+        logits(model, tokens())
+    assert set(handle.report().exact) == reasons
+
+
+def test_a_model_that_selects_keys_itself_is_never_overruled(llama):
+    """The families are refused by name; a new one shows by what it passes."""
+    module = llama.model.layers[0].self_attn
+    q, kv = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    for name in ("indices", "block_indices"):
+        with pytest.raises(RuntimeError, match="selects keys itself"):
+            patching.attention_function(module, q, kv, kv, None, **{name: torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="continuous batching"):
+        patching.attention_function(module, q, kv, kv, None, cache=object())
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("falcon", "AttentionInterface"),
+        ("deepseek_v32", "selects keys itself"),
+        ("t5", "encoder-decoder"),
+    ],
+)
+def test_models_that_cannot_be_patched_are_refused_untouched(family, message):
+    model = tiny_model(family)
+    before = {name: sorted(module.__dict__) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        sparse_patch.patch(model, "flexprefill")
+    assert {name: sorted(module.__dict__) for name, module in model.named_modules()} == before
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "flexprefil"}, ValueError, "did you mean 'flexprefill'"),
+        ({"gamma": 2}, ValueError, "gamma=2"),
+        ({"gama": 0.5}, ValueError, "did you mean 'gamma'"),
+        ({"layers": [4]}, ValueError, r"layers: no attention layer \[4\]"),
+        ({"dense_layers": [-5]}, ValueError, "dense_layers"),
+        ({"min_length": -1}, ValueError, "min_length=-1"),
+        ({"backend": "cuda"}, ValueError, "choose one of"),
+        ({"backend": "triton"}, BackendUnavailable, "triton"),
+        ({"method": 3}, ValueError, "method=3"),
+        ({"method": sparse_patch.get_method("dense"), "gamma": 1}, ValueError, r"\['gamma'\]"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_changes(llama, options, error, message):
+    options = {"method": "flexprefill", **options}
+    with pytest.raises(error, match=message):
+        sparse_patch.patch(llama, **options)
+    assert llama.config._attn_implementation == "eager"
+    assert not hasattr(llama, "_sparse_patch_stack")
+
+
+@pytest.mark.parametrize("thing", [None, "llama", torch.nn.Linear(2, 2)])
+def test_what_is_no_transformers_model_is_refused(thing):
+    with pytest.raises(TypeError, match="Transformers model"):
+        sparse_patch.patch(thing, "flexprefill")
+
+
+def test_attention_weights_are_refused_not_silently_empty(llama):
+    with sparse_patch.patch(llama, "flexprefill", **FLEX):
+        with pytest.raises(ValueError, match="no attention weights"):
+            llama(tokens(), output_attentions=True)
+
+
+def test_continuous_batching_is_refused(llama):
+    with sparse_patch.patch(llama, "flexprefill", **FLEX):
+        with pytest.raises(RuntimeError, match="continuous batching"):
+            llama.generate_batch([[7, 8, 9]], generation_config=GenerationConfig(max_new_tokens=2))
+    assert "init_continuous_batching" not in llama.__dict__
+
+
+def test_the_name_avoids_what_transformers_reads_meaning_into():
+    for word in ("flash", "sdpa", "flex_attention", "paged|", "/"):
+        assert word not in patching.NAME
+
+
+# --- other machinery -----------------------------------------------------------------------------
+
+
+def test_only_the_text_tower_of_a_vision_language_model_is_patched():
+    model = tiny_model("gemma3_vlm")
+    ids = tokens(length=60)
+    ids[:, 10:14] = 5  # one image of four tokens
+    kinds = (ids == 5).long()
+    images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    inputs = {"pixel_values": images, "token_type_ids": kinds}
+    want, text = logits(model, ids, **inputs), logits(model, tokens())
+    with sparse_patch.patch(model, "dense", **KEEP) as handle:
+        vision = model.config.vision_config._attn_implementation
+        got, got_text = logits(model, ids, **inputs), logits(model, tokens())
+        assert vision == "eager"
+        assert not any(hasattr(m, "_sparse_patch") for m in model.model.vision_tower.modules())
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got_text, text, atol=1e-4, rtol=0)
+    assert handle.report().sparse_calls == 2  # the text-only prompt, on the two full layers
+
+
+@pytest.mark.parametrize("case", ["no mask", "all ones", "padded"])
+def test_a_compiled_model_still_runs_sparse(llama, case):
+    ids, extra = tokens(batch=2), {}
+    if case != "no mask":
+        extra["attention_mask"] = torch.ones(2, 200).long()
+    if case == "padded":
+        ids, extra = left_padded([tokens(length=n)[0] for n in (200, 150)], 200)
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
+        want = logits(llama, ids, **extra)
+        compiled = torch.compile(llama, backend="eager")
+        got = logits(compiled, ids, **extra)
+    real = extra.get("attention_mask", torch.ones(2, 200)).bool()
+    torch.testing.assert_close(got[real], want[real], atol=1e-4, rtol=0)
+    assert handle.report().sparse_calls == 16
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_without_a_cache_warns_that_it_runs_exact(llama):
+    want = logits(llama, tokens(), use_cache=False)
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
+        compiled = torch.compile(llama, backend="eager")
+        with pytest.warns(SparsePatchWarning, match="torch.compile with use_cache=False"):
+            got = logits(compiled, tokens(), use_cache=False)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    assert handle.report().exact == {"mask": 4}
+    torch._dynamo.reset()
+
+
+def test_recall_is_measured_on_request(llama):
+    with sparse_patch.patch(llama, "dense", measure_recall=True, **KEEP) as handle:
+        logits(llama, tokens())
+    assert handle.report().recall == pytest.approx(1.0)
+    with sparse_patch.patch(llama, "flexprefill", measure_recall=64, **FLEX) as handle:
+        logits(llama, tokens())
+    assert 0 < handle.report().recall < 1
+
+
+def test_a_backend_named_by_the_user_is_the_one_that_runs(llama):
+    ids = tokens()
+    with sparse_patch.patch(llama, "flexprefill", backend="reference", **FLEX):
+        want = logits(llama, ids)
+    with sparse_patch.patch(llama, "flexprefill", backend="cpu", **FLEX):
+        torch.testing.assert_close(logits(llama, ids), want, atol=5e-5, rtol=0)
+
+
+def test_the_report_reads_as_a_table_and_as_json(llama):
+    import json
+
+    with sparse_patch.patch(llama, "flexprefill", dense_layers=1, **FLEX) as handle:
+        logits(llama, tokens())
+    lines = str(handle.report()).splitlines()
+    assert lines[0].startswith("FlexPrefill(gamma=0.5")
+    assert len(lines) == 2 + 4 + 1
+    assert lines[2].split() == ["0", "1", "0", "-", "-", "layer", "kept", "dense", "1"]
+    assert json.loads(json.dumps(handle.report().to_dict()))["sparse_calls"] == 3
+
+
+def test_patching_a_thousand_times_leaves_nothing_behind(llama):
+    before = {name: len(module.__dict__) for name, module in llama.named_modules()}
+    for _ in range(1000):
+        with sparse_patch.patch(llama, "flexprefill"):
+            pass
+    assert {name: len(module.__dict__) for name, module in llama.named_modules()} == before
+    assert not llama._forward_pre_hooks
