@@ -65,7 +65,8 @@ def _probe_lines_of(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]
     # Zeros to the left of each row: row i of the view below is then row i shifted right by
     # n_probe - 1 - i, which lines equal distances up in columns.
     width = kv_len + n_probe - 1
-    padded = torch.zeros(heads, n_probe, width, device=q.device)
+    padded = torch.empty(heads, n_probe, width, device=q.device)
+    padded[..., : n_probe - 1] = 0
     scores = (grouped @ k.float().mT).view(heads, n_probe, kv_len)
     corner = torch.ones(n_probe, n_probe, dtype=torch.bool, device=q.device).triu(1)
     scores[..., kv_len - n_probe :].masked_fill_(corner, float("-inf"))

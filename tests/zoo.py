@@ -163,6 +163,7 @@ EXTRA_FAMILIES: dict[str, Builder] = {
         "Falcon", num_key_value_heads=4, num_kv_heads=2, new_decoder_architecture=True
     ),
     "gemma3_vlm": _gemma3_vlm,
+    # With few index heads, ReLU leaves many keys at exactly 0 and top-k breaks the ties by chance.
     "deepseek_v32": _family(
         "DeepseekV32", **_MLA_MOE, index_topk=8, index_head_dim=16, index_n_heads=8
     ),

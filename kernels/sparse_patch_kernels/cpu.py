@@ -1,7 +1,13 @@
 """The CPU backend: gather a query block's kept keys, then run real matrix products on them.
 
-Work and memory follow the kept keys; nothing of size q_len x kv_len is ever built. Query heads that
-share both a list and a KV head run as one taller product, and KV heads are never repeated.
+Work and memory follow the kept keys; nothing of size q_len x kv_len is ever built, and KV heads are
+never repeated. Two ways through:
+
+* `_aligned`, for block lists on the diagonal grid (most methods): the diagonal blocks run as one
+  batched causal call, and all else needs no mask. Both use PyTorch's own fused CPU kernel, which
+  also returns the log-sum-exp that joins the two halves.
+* `cpu_general`, for any other plan: explicit products and softmax, masked only where rows differ.
+
 bf16 and fp16 inputs are multiplied in float32: most CPUs have no faster way, and the logits keep
 their precision.
 """
@@ -9,15 +15,12 @@ their precision.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from .cpu_general import attend_any
 from .plan import BlockPlan
-
-# Scores of one product, in elements: 16 MiB in float32, so that a tile stays near the caches.
-_MAX_TILE = 1 << 22
 
 
 def block_sparse_attention(
@@ -27,123 +30,109 @@ def block_sparse_attention(
 
     The output's memory is laid out `[q_len, heads, v_dim]`, as the layer after attention wants it.
     """
-    acc = torch.promote_types(q.dtype, torch.float32)
-    heads, q_len, _ = q.shape
-    k, v = k.to(acc), v.to(acc)
-    out = torch.empty(q_len, heads, v.shape[2], dtype=q.dtype).transpose(0, 1)
-    lse = torch.empty(heads, q_len, dtype=acc)
-    # A unit is a set of neighbouring query heads with one list and one KV head.
+    dtype, acc = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    run = _aligned if _is_aligned(plan) else attend_any
+    # The fused kernel reads rows of neighbouring elements and does not check.
+    q, k, v = (x.to(acc) if x.stride(-1) == 1 else x.to(acc).contiguous() for x in (q, k, v))
+    out, lse = run(q, k, v, plan, scale)
+    return out.to(dtype), lse
+
+
+def _is_aligned(plan: BlockPlan) -> bool:
+    """One list of blocks on the grid of the query blocks, each with the block of its own rows."""
+    if len(plan.runs) != 1 or plan.sink or plan.window or plan.key_order is not None:
+        return False
+    run = plan.runs[0]
+    if run.width != plan.block_q or plan.q_offset % plan.block_q or bool((run.count < 1).any()):
+        return False
+    start, count = run.expand(plan.heads)
+    last = start.gather(2, count.long()[..., None] - 1)[..., 0]
+    own = torch.arange(plan.n_q_blocks) * plan.block_q + plan.q_offset
+    return bool((last == own).all()) and not bool((start % run.width)[run.valid(plan.heads)].any())
+
+
+def _aligned(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+) -> tuple[Tensor, Tensor]:
+    dim = v.shape[2]
+    q, k, v = _same_dim(q, k, v)
+    out, lse = _diagonal(q, k, v, plan, scale)
+    (run,) = plan.runs
+    start, count = run.expand(plan.heads)
+    lists, kept = (start // run.width).long(), (count - 1).tolist()
     units = math.lcm(plan.heads, k.shape[0])
-    for head in range(plan.heads):
-        pick = _KeyPicker(plan, head)
-        for block in range(plan.n_q_blocks):
-            picked = pick(block)
-            rows = slice(block * plan.block_q, min((block + 1) * plan.block_q, q_len))
-            for unit in range(head * units // plan.heads, (head + 1) * units // plan.heads):
-                kv_head = unit * k.shape[0] // units
-                keys, values = picked.take(k[kv_head]), picked.take(v[kv_head])
-                unit_heads = range(unit * heads // units, (unit + 1) * heads // units)
-                for tile in _tiles(unit_heads, (rows.stop - rows.start) * len(keys)):
-                    queries = q[tile, rows].to(acc) * scale
-                    out[tile, rows], lse[tile, rows] = _attend(queries, keys, values, picked)
+    # Whole blocks only: the ragged last one can be on the diagonal, but not before it.
+    full = k.shape[1] // run.width * run.width
+    blocks_k, blocks_v = (x[:, :full].reshape(len(x), -1, run.width, x.shape[2]) for x in (k, v))
+    for unit in range(units):
+        heads = slice(unit * q.shape[0] // units, (unit + 1) * q.shape[0] // units)
+        listed, kv_head = unit * plan.heads // units, unit * k.shape[0] // units
+        for block, n in enumerate(kept[listed]):
+            if n == 0:
+                continue
+            rows = slice(block * plan.block_q, min((block + 1) * plan.block_q, q.shape[1]))
+            index = lists[listed, block, :n]
+            keys, values = _take_blocks(blocks_k[kv_head], blocks_v[kv_head], index)
+            far, far_lse = _fused(q[heads, rows], keys, values, scale)
+            _join(out[heads, rows], lse[heads, rows], far, far_lse)
+    return out[..., :dim], lse
+
+
+def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros that make head_dim and v_dim equal, as the fused kernel needs; no score changes."""
+    dim = max(q.shape[2], v.shape[2])
+    pad = torch.nn.functional.pad
+    q, k, v = (x if x.shape[2] == dim else pad(x, (0, dim - x.shape[2])) for x in (q, k, v))
+    return q, k, v
+
+
+def _take_blocks(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks `index` of `[blocks, width, dim]` as `[n * width, dim]`; views of neighbours."""
+    first, last = int(index[0]), int(index[-1])
+    if last - first + 1 == len(index):
+        return k[first : last + 1].flatten(0, 1), v[first : last + 1].flatten(0, 1)
+    return k.index_select(0, index).flatten(0, 1), v.index_select(0, index).flatten(0, 1)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """All of `q [heads, rows, dim]` against all of `k, v [n, dim]`."""
+    k, v = k.expand(1, len(q), -1, -1), v.expand(1, len(q), -1, -1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[None], k, v, 0.0, False, scale=scale
+    )
+    return out[0], lse[0]
+
+
+def _diagonal(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Each query block against the keys at its own positions, causally."""
+    out = q.new_empty(q.shape[1], q.shape[0], v.shape[2]).transpose(0, 1)
+    lse = q.new_empty(q.shape[:2])
+    group, width, dim = q.shape[0] // k.shape[0], plan.block_q, v.shape[2]
+    q_len = q.shape[1]
+    whole = q_len // width * width
+    for rows, size in ((slice(0, whole), width), (slice(whole, q_len), q_len - whole)):
+        if rows.start == rows.stop:
+            continue
+        own = slice(plan.q_offset + rows.start, plan.q_offset + rows.stop)
+        for kv_head in range(k.shape[0]):
+            heads = slice(kv_head * group, (kv_head + 1) * group)
+            # One batch entry per block, one head per query head of the group.
+            q_blocks = q[heads, rows].reshape(group, -1, size, dim).transpose(0, 1)
+            k_blocks, v_blocks = (
+                x[kv_head, own].view(-1, 1, size, dim).expand(-1, group, -1, -1) for x in (k, v)
+            )
+            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q_blocks, k_blocks, v_blocks, 0.0, True, scale=scale
+            )
+            out[heads, rows] = part.transpose(0, 1).reshape(group, -1, dim)
+            lse[heads, rows] = part_lse.transpose(0, 1).reshape(group, -1)
     return out, lse
 
 
-def _tiles(heads: range, scores_per_head: int) -> Iterator[slice]:
-    """Slices of `heads` whose scores fit a tile together."""
-    step = max(1, _MAX_TILE // max(1, scores_per_head))
-    for first in range(heads.start, heads.stop, step):
-        yield slice(first, min(first + step, heads.stop))
-
-
-def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, picked: _Picked
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention of scaled `queries [heads, rows, dim]` over the picked keys.
-
-    Returns:
-        `[heads, rows, v_dim]` and log-sum-exp `[heads, rows]`; 0 and -inf where nothing is seen.
-    """
-    heads, rows, dim = queries.shape
-    if len(keys) == 0:
-        lse = queries.new_full((heads, rows), float("-inf"))
-        return queries.new_zeros(heads, rows, values.shape[1]), lse
-    scores = (queries.reshape(-1, dim) @ keys.T).view(heads, rows, -1)
-    picked.hide(scores)
-    # The lowest finite number instead of -inf keeps -inf minus the maximum at -inf, not NaN.
-    top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
-    probs = scores.sub_(top).exp_()
-    total = probs.sum(-1, keepdim=True)
-    out = (probs.view(heads * rows, -1) @ values).view(heads, rows, -1)
-    lse = (top + total.log()).squeeze(-1)
-    return out.div_(total.masked_fill_(total == 0, 1.0)), lse
-
-
-class _KeyPicker:
-    """The keys that the query blocks of one head need: `picker(block) -> _Picked`."""
-
-    def __init__(self, plan: BlockPlan, head: int) -> None:
-        self.plan, self.head = plan, head
-        run = plan.runs[0] if len(plan.runs) == 1 else None
-        # One list and nothing else, the common case: its runs are the keys, already in order.
-        self.run = None if plan.sink or plan.window or plan.key_order is not None else run
-        if self.run is not None:
-            start, count = self.run.start, self.run.count
-            self.start = start[head * start.shape[0] // plan.heads].long()
-            self.count = count[head * count.shape[0] // plan.heads].tolist()
-            self.offsets = torch.arange(self.run.width)
-
-    def __call__(self, block: int) -> _Picked:
-        first, end = self.plan.row_range(block)
-        if self.run is not None:
-            runs = self.start[block, : self.count[block]]
-            keys = (runs[:, None] + self.offsets).flatten()
-            return _Picked(keys[: int(torch.searchsorted(keys, end))], first, end)
-        sink, window = self.plan.sink, self.plan.window
-        listed = self.plan.listed_keys(self.head, block)[:end]
-        seen = listed.clone()
-        seen[:sink] = True
-        if window:
-            seen[max(0, first - window + 1) :] = True
-        keys = seen.nonzero()[:, 0]
-        only_near = ~listed[keys] & (keys >= sink)
-        return _Picked(keys, first, end, only_near, window)
-
-
-class _Picked:
-    """Keys of one query block (ascending) and which of its rows may see them."""
-
-    def __init__(
-        self,
-        keys: Tensor,
-        first: int,
-        end: int,
-        only_near: Tensor | None = None,
-        window: int = 0,
-    ) -> None:
-        self.keys, self.rows = keys, torch.arange(first, end)[:, None]
-        self.only_near, self.window = only_near, window
-        # Keys after the first row: the only ones that need the causal test.
-        self.tail = int(torch.searchsorted(keys, first, right=True))
-        n = keys.numel()
-        self.one_piece = n > 0 and int(keys[-1]) - int(keys[0]) + 1 == n
-
-    def take(self, x: Tensor) -> Tensor:
-        """Rows `keys` of `x [kv_len, dim]`; a view when they are neighbours."""
-        if self.one_piece:
-            return x[int(self.keys[0]) : int(self.keys[-1]) + 1]
-        return x.index_select(0, self.keys)
-
-    def hide(self, scores: Tensor) -> None:
-        """Write -inf into `scores [heads, rows, keys]` where the row must not see the key."""
-        hidden = self.keys[self.tail :] > self.rows
-        scores[..., self.tail :].masked_fill_(hidden, float("-inf"))
-        if self.only_near is None:
-            return
-        # Keys here for the window alone, and out of it for the block's later rows.
-        far = self.only_near & (self.keys <= self.rows[-1] - self.window)
-        where = far.nonzero()
-        if where.numel():
-            edge = slice(int(where[0]), int(where[-1]) + 1)
-            gone = far[edge] & (self.rows - self.keys[edge] >= self.window)
-            scores[..., edge].masked_fill_(gone, float("-inf"))
+def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Fold attention over other keys into `out` and `lse`, in place."""
+    both = torch.logaddexp(lse, other_lse)
+    out.mul_((lse - both).exp_()[..., None]).addcmul_(other, (other_lse - both).exp_()[..., None])
+    lse.copy_(both)

@@ -21,6 +21,9 @@ SHAPES = [
     (4, 1, 33, 100, 80, 40, 64, 64),
     (2, 2, 1, 50, 16, 16, 16, 16),
     (3, 3, 128, 128, 192, 128, 128, 128),
+    (4, 2, 100, 100, 16, 16, 16, 16),  # from here on the grids agree: the fused path of the CPU
+    (6, 3, 75, 107, 8, 24, 16, 16),
+    (2, 1, 30, 62, 24, 8, 32, 32),
 ]
 
 
@@ -43,6 +46,13 @@ def variants(shape, lists=None):
     change = dataclasses.replace
     return {
         "blocks": base,
+        "diagonal kept": BlockPlan.from_block_mask(
+            mask | torch.ones(n_q, n_k, dtype=torch.bool).tril(n_k - n_q).triu(n_k - n_q),
+            block_q=block_q,
+            block_k=block_k,
+            q_len=q_len,
+            kv_len=kv_len,
+        ),
         "blocks+sink+window": change(base, sink=3, window=5),
         "sink": change(base, runs=(), sink=7),
         "window": change(base, runs=(), window=11),
@@ -124,8 +134,28 @@ def test_any_shape_agrees(heads, q_len, offset, blocks, seed):
         )
 
 
+def test_the_fused_path_is_taken_and_reads_any_layout(monkeypatch):
+    def never(*_):
+        raise AssertionError("the general path was taken")
+
+    monkeypatch.setattr("sparse_patch_kernels.cpu.attend_any", never)
+    for shape in SHAPES[6:]:
+        q, k, v = inputs(shape)
+        plan = variants(shape)["diagonal kept"]
+        want = block_sparse_attention(q, k, v, plan, backend="reference", return_lse=True)
+        for layout in (
+            lambda x: x,
+            lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),  # as Transformers has it
+            lambda x: x.mT.contiguous().mT,
+        ):
+            got = block_sparse_attention(
+                *map(layout, (q, k, v)), plan, backend="cpu", return_lse=True
+            )
+            assert_same(got, want, 3e-6)
+
+
 def test_tiles_wider_than_the_limit_agree(monkeypatch):
-    monkeypatch.setattr("sparse_patch_kernels.cpu._MAX_TILE", 500)
+    monkeypatch.setattr("sparse_patch_kernels.cpu_general._MAX_TILE", 500)
     shape = SHAPES[0]
     q, k, v = inputs(shape)
     for plan in variants(shape, lists=1).values():
@@ -149,10 +179,12 @@ def test_a_row_that_sees_no_key_gives_zero(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_large_logits_stay_finite_and_nan_stays_visible(backend):
-    shape = SHAPES[0]
+@pytest.mark.parametrize(
+    ("shape", "name"), [(SHAPES[0], "blocks+sink+window"), (SHAPES[6], "diagonal kept")]
+)
+def test_large_logits_stay_finite_and_nan_stays_visible(backend, shape, name):
     q, k, v = inputs(shape)
-    plan = variants(shape)["blocks+sink+window"]
+    plan = variants(shape)[name]
     out = block_sparse_attention(q * 1e4, k, v, plan, backend=backend)
     assert bool(torch.isfinite(out).all())
     q[:, 5] = float("nan")

@@ -52,9 +52,18 @@ def test_golden(path):
         return
     assert torch.equal(block_mask(plan, want.shape[2], params["block_size"]), want)
     rows = torch.tensor(golden["out_rows"]).long()
-    for backend in ("reference", "cpu"):
-        out = block_sparse_attention(q, k, v, plan, scale=scale, backend=backend)
-        torch.testing.assert_close(out.transpose(0, 1)[rows], want_out, atol=1e-5, rtol=0)
+    out = block_sparse_attention(q, k, v, plan, scale=scale, backend="reference")
+    torch.testing.assert_close(out.transpose(0, 1)[rows], want_out, atol=1e-5, rtol=0)
+    # Where logits reach hundreds (one file), float32 itself is off by more than 1e-5, theirs too.
+    # Another order of sums may then be as far from the truth as theirs is, on the other side.
+    wide = block_sparse_attention(
+        q.double(), k.double(), v.double(), plan, scale=scale, backend="reference"
+    )
+    rounding = float((wide.transpose(0, 1)[rows] - want_out).abs().max())
+    out = block_sparse_attention(q, k, v, plan, scale=scale, backend="cpu")
+    torch.testing.assert_close(
+        out.transpose(0, 1)[rows], want_out, atol=max(1e-5, 2 * rounding), rtol=0
+    )
 
 
 def generated(n=1024, heads=4, kv_heads=2, seed=3):
