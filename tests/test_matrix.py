@@ -1,6 +1,7 @@
 """Every family, patched with a method that keeps everything, answers as it does unpatched.
 
-The batch has two rows; the first is short by 13 left pads. What may differ is float noise.
+The batch has two rows; the first is short by 13 left pads. What may differ is float noise: the
+logits are of magnitude 1, and the weights large enough that a wrong mask moves them by tenths.
 """
 
 import pytest
@@ -55,7 +56,7 @@ def test_logits_equal_eager(model, family):
     with patch(model) as handle:
         got = logits(model, **inputs)
     real = inputs["attention_mask"].bool()
-    assert (got - want)[real].abs().max() <= 5e-6 * max(1.0, float(want.abs().max()))
+    assert (got - want)[real].abs().max() <= 5e-6
     report = handle.report()
     sparse = [layer for layer in report.layers if layer.sparse_calls]
     assert len(sparse) == SPARSE_LAYERS.get(family, 4)
@@ -68,7 +69,7 @@ def test_a_padded_row_equals_the_row_alone(model):
     with patch(model):
         padded = logits(model, **inputs)[0, PADS:]
         alone = logits(model, input_ids=inputs["input_ids"][:1, PADS:])[0]
-    assert (padded - alone).abs().max() <= 5e-6 * max(1.0, float(alone.abs().max()))
+    assert (padded - alone).abs().max() <= 5e-6
 
 
 def test_undo_is_bit_exact(model):
@@ -132,6 +133,6 @@ def test_second_turn_equals_eager(model, family):
     want = two_turns(model)
     with patch(model) as handle:
         got = two_turns(model)
-    assert (got - want).abs().max() <= 5e-6 * max(1.0, float(want.abs().max()))
+    assert (got - want).abs().max() <= 5e-6
     sparse = [layer for layer in handle.report().layers if layer.sparse_calls == 4]
     assert len(sparse) == SPARSE_LAYERS.get(family, 4)

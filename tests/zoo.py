@@ -34,7 +34,7 @@ _COMMON = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "initializer_range": 0.2,
+    "initializer_range": 0.12,
     "tie_word_embeddings": False,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -63,7 +63,7 @@ _MLA_MOE = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
-    "initializer_range": 0.3,
+    "initializer_range": 0.18,
 }
 
 
@@ -158,7 +158,7 @@ FAMILIES: dict[str, Builder] = {
 
 EXTRA_FAMILIES: dict[str, Builder] = {
     "gpt_neox": _family("GPTNeoX", num_key_value_heads=4),
-    "opt": _family("OPT", num_key_value_heads=4, ffn_dim=128, word_embed_proj_dim=64, init_std=0.2),
+    "opt": _family("OPT", num_key_value_heads=4, ffn_dim=128, word_embed_proj_dim=64, init_std=0.12),
     "falcon": _family(
         "Falcon", num_key_value_heads=4, num_kv_heads=2, new_decoder_architecture=True
     ),
@@ -184,7 +184,7 @@ EXTRA_FAMILIES: dict[str, Builder] = {
 
 @torch.no_grad()
 def _sharpen(model: PreTrainedModel) -> None:
-    """Move the parameters that the initialiser leaves constant or too small to be visible."""
+    """Move parameters that the initialiser leaves constant or too small, and tame the logits."""
     for name, weight in model.named_parameters():
         if name.endswith("q_norm.weight"):  # otherwise the norm undoes the large projections
             weight += 1.5
@@ -192,6 +192,8 @@ def _sharpen(model: PreTrainedModel) -> None:
             weight.normal_(1.0, 1.0)
         elif name.endswith(("bias", "mm_input_projection_weight")):
             weight.normal_(0.0, 0.2)
+    # Logits of magnitude 1: a tolerance in absolute terms then means the same for every family.
+    model.get_output_embeddings().weight /= 5
 
 
 def tiny_model(name: str, attn_implementation: str = "eager") -> PreTrainedModel:
