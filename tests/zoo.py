@@ -158,7 +158,9 @@ FAMILIES: dict[str, Builder] = {
 
 EXTRA_FAMILIES: dict[str, Builder] = {
     "gpt_neox": _family("GPTNeoX", num_key_value_heads=4),
-    "opt": _family("OPT", num_key_value_heads=4, ffn_dim=128, word_embed_proj_dim=64, init_std=0.12),
+    "opt": _family(
+        "OPT", num_key_value_heads=4, ffn_dim=128, word_embed_proj_dim=64, init_std=0.12
+    ),
     "falcon": _family(
         "Falcon", num_key_value_heads=4, num_kv_heads=2, new_decoder_architecture=True
     ),

@@ -4,7 +4,7 @@ Work and memory follow the kept keys; nothing of size q_len x kv_len is ever bui
 never repeated. Two ways through:
 
 * `_aligned`, for block lists on the diagonal grid (most methods): the diagonal blocks run as one
-  batched causal call, and all else needs no mask. Both use PyTorch's own fused CPU kernel, which
+  batch of causal calls, and all else needs no mask. Both use PyTorch's own fused CPU kernel, which
   also returns the log-sum-exp that joins the two halves.
 * `cpu_general`, for any other plan: explicit products and softmax, masked only where rows differ.
 
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from .cpu_general import attend_any
 from .plan import BlockPlan
+
+# Elements of keys gathered at a time: 8 MiB in float32, about a share of the last-level cache.
+_TILE = 1 << 21
 
 
 def block_sparse_attention(
@@ -54,85 +57,90 @@ def _is_aligned(plan: BlockPlan) -> bool:
 def _aligned(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    dim = v.shape[2]
-    q, k, v = _same_dim(q, k, v)
+    q_len, v_dim = q.shape[1], v.shape[2]
+    block = plan.block_q
+    dim = max(q.shape[2], v_dim)
+    # Zeros to whole blocks and to one head size, as the fused kernel needs. No score changes: a
+    # padded key comes after all real rows of the only block that lists it.
+    q, k, v = (_pad_to(x, -(-x.shape[1] // block) * block, dim) for x in (q, k, v))
     out, lse = _diagonal(q, k, v, plan, scale)
-    (run,) = plan.runs
-    start, count = run.expand(plan.heads)
-    lists, kept = (start // run.width).long(), (count - 1).tolist()
-    units = math.lcm(plan.heads, k.shape[0])
-    # Whole blocks only: the ragged last one can be on the diagonal, but not before it.
-    full = k.shape[1] // run.width * run.width
-    blocks_k, blocks_v = (x[:, :full].reshape(len(x), -1, run.width, x.shape[2]) for x in (k, v))
-    for unit in range(units):
-        heads = slice(unit * q.shape[0] // units, (unit + 1) * q.shape[0] // units)
-        listed, kv_head = unit * plan.heads // units, unit * k.shape[0] // units
-        for block, n in enumerate(kept[listed]):
-            if n == 0:
-                continue
-            rows = slice(block * plan.block_q, min((block + 1) * plan.block_q, q.shape[1]))
-            index = lists[listed, block, :n]
-            keys, values = _take_blocks(blocks_k[kv_head], blocks_v[kv_head], index)
-            far, far_lse = _fused(q[heads, rows], keys, values, scale)
-            _join(out[heads, rows], lse[heads, rows], far, far_lse)
-    return out[..., :dim], lse
+    far, far_lse = _before_diagonal(q, k, v, plan, scale)
+    both = torch.logaddexp(lse, far_lse)
+    out.mul_((lse - both).exp_()[..., None]).addcmul_(far, (far_lse - both).exp_()[..., None])
+    return out[:, :q_len, :v_dim], both[:, :q_len]
 
 
-def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros that make head_dim and v_dim equal, as the fused kernel needs; no score changes."""
-    dim = max(q.shape[2], v.shape[2])
-    pad = torch.nn.functional.pad
-    q, k, v = (x if x.shape[2] == dim else pad(x, (0, dim - x.shape[2])) for x in (q, k, v))
-    return q, k, v
+def _pad_to(x: Tensor, rows: int, dim: int) -> Tensor:
+    if x.shape[1:] == (rows, dim):
+        return x
+    return torch.nn.functional.pad(x, (0, dim - x.shape[2], 0, rows - x.shape[1]))
 
 
-def _take_blocks(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks `index` of `[blocks, width, dim]` as `[n * width, dim]`; views of neighbours."""
-    first, last = int(index[0]), int(index[-1])
-    if last - first + 1 == len(index):
-        return k[first : last + 1].flatten(0, 1), v[first : last + 1].flatten(0, 1)
-    return k.index_select(0, index).flatten(0, 1), v.index_select(0, index).flatten(0, 1)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """All of `q [heads, rows, dim]` against all of `k, v [n, dim]`."""
-    k, v = k.expand(1, len(q), -1, -1), v.expand(1, len(q), -1, -1)
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """PyTorch's own CPU attention: `[batch, heads, rows, dim]` in, the same and log-sum-exp out."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q[None], k, v, 0.0, False, scale=scale
+        q, k, v, 0.0, causal, scale=scale
     )
-    return out[0], lse[0]
+    return out, lse
 
 
 def _diagonal(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Each query block against the keys at its own positions, causally."""
-    out = q.new_empty(q.shape[1], q.shape[0], v.shape[2]).transpose(0, 1)
-    lse = q.new_empty(q.shape[:2])
-    group, width, dim = q.shape[0] // k.shape[0], plan.block_q, v.shape[2]
-    q_len = q.shape[1]
-    whole = q_len // width * width
-    for rows, size in ((slice(0, whole), width), (slice(whole, q_len), q_len - whole)):
-        if rows.start == rows.stop:
-            continue
-        own = slice(plan.q_offset + rows.start, plan.q_offset + rows.stop)
-        for kv_head in range(k.shape[0]):
-            heads = slice(kv_head * group, (kv_head + 1) * group)
-            # One batch entry per block, one head per query head of the group.
-            q_blocks = q[heads, rows].reshape(group, -1, size, dim).transpose(0, 1)
-            k_blocks, v_blocks = (
-                x[kv_head, own].view(-1, 1, size, dim).expand(-1, group, -1, -1) for x in (k, v)
-            )
-            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q_blocks, k_blocks, v_blocks, 0.0, True, scale=scale
-            )
-            out[heads, rows] = part.transpose(0, 1).reshape(group, -1, dim)
-            lse[heads, rows] = part_lse.transpose(0, 1).reshape(group, -1)
+    heads, rows, dim = q.shape
+    group, block = heads // k.shape[0], plan.block_q
+    out = q.new_empty(rows, heads, dim).transpose(0, 1)
+    lse = q.new_empty(heads, rows)
+    for kv_head in range(k.shape[0]):
+        mine = slice(kv_head * group, (kv_head + 1) * group)
+        # One batch entry per block, one head per query head of the group.
+        q_blocks = q[mine].reshape(group, -1, block, dim).transpose(0, 1)
+        k_blocks, v_blocks = (
+            x[kv_head, plan.q_offset :].reshape(-1, 1, block, dim).expand(-1, group, -1, -1)
+            for x in (k, v)
+        )
+        part, part_lse = _fused(q_blocks, k_blocks, v_blocks, scale, causal=True)
+        out[mine] = part.transpose(0, 1).reshape(group, rows, dim)
+        lse[mine] = part_lse.transpose(0, 1).reshape(group, rows)
     return out, lse
 
 
-def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Fold attention over other keys into `out` and `lse`, in place."""
-    both = torch.logaddexp(lse, other_lse)
-    out.mul_((lse - both).exp_()[..., None]).addcmul_(other, (other_lse - both).exp_()[..., None])
-    lse.copy_(both)
+def _before_diagonal(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Each query block against the other blocks of its list, all of which lie in its past.
+
+    Query blocks with lists of one length run together: few large calls keep both cores busy.
+    """
+    (run,) = plan.runs
+    heads, rows, dim = q.shape
+    kv_heads, block = k.shape[0], plan.block_q
+    # A unit is a set of neighbouring query heads with one list and one KV head.
+    units = math.lcm(plan.heads, kv_heads)
+    start, count = run.expand(plan.heads)
+    unit = torch.arange(units)
+    list_of, kv_head = unit * plan.heads // units, unit * kv_heads // units
+    n_before = (count.long() - 1)[list_of]
+    # Row `kv_head * blocks + block` of these is one block of one KV head.
+    blocks_k, blocks_v = (x.reshape(-1, block * dim) for x in (k, v))
+    lists = (start // block).long()[list_of] + (kv_head * (k.shape[1] // block))[:, None, None]
+    queries = q.reshape(units, -1, rows // block, block, dim)
+    out = q.new_zeros(rows, heads, dim)
+    lse = q.new_full((heads, rows), float("-inf"))
+    out_blocks = out.view(rows // block, block, units, -1, dim)
+    lse_blocks = lse.view(units, -1, rows // block, block)
+    for n in sorted(set(n_before.flatten().tolist()) - {0}):
+        entries = (n_before == n).nonzero()
+        for u, b in (part.unbind(1) for part in entries.split(max(1, _TILE // (n * block * dim)))):
+            index = lists[u, b, :n].flatten()
+            keys, values = (
+                x.index_select(0, index).view(len(u), 1, n * block, dim)
+                for x in (blocks_k, blocks_v)
+            )
+            mine = queries[u, :, b]
+            shape = (-1, mine.shape[1], -1, -1)
+            part, part_lse = _fused(mine, keys.expand(shape), values.expand(shape), scale, False)
+            out_blocks[b, :, u] = part.transpose(1, 2)
+            lse_blocks[u, :, b] = part_lse
+    return out.transpose(0, 1), lse

