@@ -18,18 +18,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import track
-from sparse_patch_eval.models import load
+from rich.progress import Progress, TimeElapsedColumn
+from sparse_patch_eval.models import load_for_lengths
 from sparse_patch_eval.options import parse_lengths, parse_method
 from sparse_patch_eval.prefill import machine, prefill
 from sparse_patch_eval.text import long_text, passkey_prompt
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
 from sparse_patch import Method
@@ -83,39 +84,81 @@ def main(
         methods = {spec: parse_method(spec) for spec in specs}
         wanted = parse_lengths(lengths)
         prose = long_text(text)
-        lm, tokenizer = load(model, dtype=dtype, device=device, max_length=max(wanted))
     except (ValueError, OSError, ImportError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
-        raise typer.Exit(2) from error
+        _fail(error)
     output.mkdir(parents=True, exist_ok=True)
     file = output / "runs.jsonl"
     setup = {"model": model, "dtype": dtype, "device": device, "text": text}
     _end_last_line(file)
     rows = _read(file, setup)
-    todo = [
-        (length, round_)
+    todo = {
+        length: [r for r in range(repeats) if not _complete(rows, length, seed + r, specs)]
         for length in wanted
-        for round_ in range(repeats)
-        if not _complete(rows, length, seed + round_, specs)
-    ]
-    if todo:
-        warm = passkey_prompt(tokenizer, WARM_UP_TOKENS, text=prose, seed=seed - 1).input_ids
-        for variant in (None, *methods.values()):
-            _timed(lm, warm.to(device), variant)
+    }
     about = machine()
-    for length, round_ in track(todo, "rounds", console=Console(stderr=True)):
-        ids = passkey_prompt(tokenizer, length, text=prose, seed=seed + round_).input_ids.to(device)
-        for name in _rotated([DENSE, *specs], round_):
-            measured = _timed(lm, ids, methods.get(name))
-            row = {**setup, "length": length, "seed": seed + round_, "method": name, **measured}
+    with _progress() as progress:
+        task = progress.add_task("prefills", total=(1 + len(specs)) * sum(map(len, todo.values())))
+        for row in _measure(todo, methods, prose, seed, setup):
             rows.append(row)
             with file.open("a") as lines:
                 lines.write(json.dumps({**row, "machine": about}) + "\n")
+            progress.advance(task)
     cells = [cell for length in wanted for cell in _cells(rows, length, specs)]
     table = _markdown(cells, setup, json.loads(file.read_text().splitlines()[-1])["machine"])
     (output / "table.md").write_text(table)
     console.print(table, markup=False)
     _plot(cells, output / "speedup.png", f"{model}, {dtype}")
+
+
+def _measure(
+    todo: dict[int, list[int]],
+    methods: dict[str, Method],
+    prose: str,
+    seed: int,
+    setup: dict[str, str],
+) -> Iterator[dict[str, Any]]:
+    """Run the rounds `todo[length]` and yield a row per prefill."""
+    lengths = [length for length, rounds in todo.items() if rounds]
+    warmed = None
+    for length, model, tokenizer in _models(setup, lengths):
+        if warmed is not model:
+            warm = passkey_prompt(tokenizer, WARM_UP_TOKENS, text=prose, seed=seed - 1).input_ids
+            for variant in (None, *methods.values()):
+                _timed(model, warm.to(model.device), variant)
+            warmed = model
+        for round_ in todo[length]:
+            prompt = passkey_prompt(tokenizer, length, text=prose, seed=seed + round_)
+            for name in _rotated([DENSE, *methods], round_):
+                measured = _timed(model, prompt.input_ids.to(model.device), methods.get(name))
+                yield {
+                    **setup,
+                    "length": length,
+                    "seed": seed + round_,
+                    "method": name,
+                    **measured,
+                }
+
+
+def _models(
+    setup: dict[str, str], lengths: list[int]
+) -> Iterator[tuple[int, PreTrainedModel, PreTrainedTokenizerBase]]:
+    try:
+        yield from load_for_lengths(
+            setup["model"], lengths, dtype=setup["dtype"], device=setup["device"]
+        )
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    console.print(f"[bold red]error:[/] {error}", highlight=False)
+    raise typer.Exit(2) from error
+
+
+def _progress() -> Progress:
+    # Few refreshes: drawing competes with the prefill for the same cores.
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), refresh_per_second=1)
 
 
 def _timed(model: PreTrainedModel, ids: Any, method: Method | None) -> dict[str, Any]:

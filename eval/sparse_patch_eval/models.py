@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,24 @@ def load(
     if gguf is not None or max_length is not None:
         tokenizer.model_max_length = config.get_text_config().max_position_embeddings
     return model.to(device).eval(), tokenizer
+
+
+def load_for_lengths(
+    name: str, lengths: Iterable[int], **options: Any
+) -> Iterator[tuple[int, PreTrainedModel, PreTrainedTokenizerBase]]:
+    """Yield (length, model, tokenizer) in ascending order of length.
+
+    The model is loaded again only for a length past its positions, so that shorter prompts never
+    run on a stretched embedding. `options` go to `load`, whose errors this raises.
+    """
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+    for length in sorted(lengths):
+        if loaded is None or length > getattr(
+            loaded[0].config.get_text_config(), "max_position_embeddings", length
+        ):
+            loaded = None  # frees the memory before the next one is read
+            loaded = load(name, max_length=length, **options)
+        yield length, *loaded
 
 
 def smollm2(cache_dir: Path | None = None) -> Path:

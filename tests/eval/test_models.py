@@ -459,3 +459,12 @@ def test_the_real_smollm2_knows_english(tmp_path):
         )
     assert nats < 3.5  # 2.73 when right, 4.81 with query and key rows left in llama.cpp's order
     assert tokenizer.decode(answer[0]).endswith(" Paris")
+
+
+def test_a_length_past_the_positions_loads_a_stretched_model_of_its_own(folder):
+    got = list(models.load_for_lengths(str(folder), [64, 16, 32]))
+    assert [length for length, *_ in got] == [16, 32, 64]
+    assert got[0][1] is got[1][1]
+    assert got[1][1].config.rope_parameters["rope_type"] == "default"
+    assert got[2][1].config.rope_parameters["rope_type"] == "yarn"
+    assert got[2][1].config.max_position_embeddings == 64
