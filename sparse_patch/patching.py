@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -22,24 +23,29 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
 from . import methods as _methods  # noqa: F401 - registers the built-in methods
-from .exact import Exact
+from .attention import STATE, attention_function
 from .registry import Method, get_method
 from .reporting import Report, make_report
-from .routing import Call, LayerState, Options
+from .routing import LayerState, Options
 
 NAME = "sparse_patch"
-_STATE, _STACK = "_sparse_patch", "_sparse_patch_stack"
+_STACK = "_sparse_patch_stack"
 
-# These select keys themselves and hand the choice over as an argument that only "eager" and "sdpa"
-# turn into a mask. Under any other name the model would silently lose its own sparsity.
+# These select keys themselves. Most hand the choice over as an argument that only "eager" and
+# "sdpa" turn into a mask: under any other name the model silently loses its own sparsity. Families
+# that come later show by a module that is called an indexer or a compressor.
 NATIVE_SPARSE = {
     "axk2",
     "deepseek_v32",
+    "deepseek_v4",
+    "doge",
     "dots3_note",
+    "glm5_next",
     "glm_moe_dsa",
     "hy_v4",
     "minimax_m3_vl",
     "mistral_large4",
+    "qwen4_exp",
 }
 
 
@@ -91,7 +97,9 @@ def patch(
         raise ValueError(
             f"min_length={min_length} and min_queries={min_queries} must be at least 0 tokens"
         )
-    if choose_backend(backend, torch.device("cpu")) and backend != "auto":
+    if measure_recall < 0:
+        raise ValueError(f"measure_recall={measure_recall} must be true, false or a number of rows")
+    if backend != "auto":
         choose_backend(backend, root.device)
     options = Options(min_length, min_queries, backend, measure_recall)
     states = [
@@ -195,9 +203,9 @@ def _hang_latest(module: nn.Module, stack: list[Patch]) -> None:
     for handle in reversed(stack):
         for candidate, state in handle._states:
             if candidate is module:
-                setattr(module, _STATE, state)
+                setattr(module, STATE, state)
                 return
-    delattr(module, _STATE)
+    delattr(module, STATE)
 
 
 def _refuse_continuous_batching(*_: Any, **__: Any) -> None:
@@ -264,16 +272,14 @@ def _attention_modules(root: PreTrainedModel) -> list[tuple[int, nn.Module]]:
         ValueError: this kind of model cannot be patched.
     """
     name = type(root).__name__
-    kinds = {root.config.model_type, _text_config(root).model_type}
-    if native := kinds & NATIVE_SPARSE:
-        raise ValueError(
-            f"{name} ({', '.join(native)}) selects keys itself; patching would undo its own "
-            "sparsity, so it is refused"
-        )
     if getattr(root.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; only decoder models can be patched")
     decoder = root.get_decoder()
     owner = decoder if isinstance(decoder, PreTrainedModel) else root
+    if why := _selects_keys_itself(root, owner):
+        raise ValueError(
+            f"{name} selects keys itself ({why}); patching would undo that, so it is refused"
+        )
     if not owner._can_set_attn_implementation():
         raise ValueError(
             f"{name} does not look its attention up through Transformers' AttentionInterface, so "
@@ -299,6 +305,17 @@ def _attention_modules(root: PreTrainedModel) -> list[tuple[int, nn.Module]]:
         (index if getattr(module, "layer_idx", None) is None else module.layer_idx, module)
         for index, module in enumerate(found)
     ]
+
+
+def _selects_keys_itself(root: PreTrainedModel, decoder: PreTrainedModel) -> str | None:
+    """What gives a natively sparse model away, or None."""
+    for kind in (root.config.model_type, _text_config(root).model_type):
+        if kind in NATIVE_SPARSE:
+            return str(kind)
+    for module in decoder.modules():
+        if re.search("Indexer|Compressor", type(module).__name__):
+            return type(module).__name__
+    return None
 
 
 @functools.cache  # reading a source takes milliseconds
@@ -343,6 +360,20 @@ def _text_configs(
     return [(config, config._attn_implementation_internal) for config in unique.values()]
 
 
+class PaddingMask(Tensor):
+    """bool `[batch, kv_len]`: causal plus padding, without the square that would take to write out.
+
+    Some models cut the mask down to a few query rows (Gemma 4's layers that share keys), with the
+    four indices of a 4-D mask. Padding does not depend on the query, so that is a cut of its own
+    two axes.
+    """
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, tuple) and len(index) == 4:
+            index = (index[0], index[3])
+        return super().__getitem__(index)
+
+
 def mask_function(
     batch_size: int,
     q_length: int,
@@ -379,7 +410,8 @@ def mask_function(
         compiling = torch.compiler.is_compiling()
         if attention_mask is None or (not compiling and bool(attention_mask.all())):
             return None
-        return attention_mask.bool()
+        padding = attention_mask.bool()
+        return padding if compiling else padding.as_subclass(PaddingMask)
     kwargs.pop("allow_is_bidirectional_skip", None)
     # Never None from here: SDPA's None means other things than ours.
     mask: Tensor = sdpa_mask(
@@ -397,114 +429,6 @@ def mask_function(
         **kwargs,
     )
     return mask
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values and keeps counts: a compiled model breaks its graph here
-def attention_function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """AttentionInterface entry: sparse where the patch allows it, else exact.
-
-    Args:
-        query: `[batch, heads, q_len, dim]` after RoPE.
-        key, value: `[batch, kv_heads, kv_len, dim]` after the cache.
-        attention_mask: what `mask_function` returns, or a 4-D mask of the user's own.
-
-    Returns:
-        `[batch, q_len, heads, v_dim]`, and no weights.
-    """
-    call = Call.read(module, query.shape[-1], scaling, dropout, kwargs)
-    state: LayerState | None = getattr(module, _STATE, None)
-    if state is not None:
-        reason = state.why_exact(module, query, key, value, attention_mask, call)
-        if reason is None:
-            return _row_by_row(query, key, value, attention_mask, call, state), None
-        state.count_exact(reason, max(1, query.shape[0]))
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return _row_by_row(query, key, value, attention_mask, call, None), None
-    out = _exact(call)(query, key, value, attention_mask)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _exact(call: Call) -> Exact:
-    return Exact(
-        scale=call.scale,
-        causal=call.causal,
-        window=call.window,
-        softcap=call.softcap,
-        sinks=call.sinks,
-        bias=call.bias,
-        dropout=call.dropout,
-    )
-
-
-def _row_by_row(
-    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, call: Call, state: LayerState | None
-) -> Tensor:
-    """Each sequence without its padding, so that it gets the answer it would get alone.
-
-    Args:
-        padding: bool `[batch, kv_len]`, True at real tokens, or None.
-        state: decides sparse or exact per row; None: all exact.
-
-    Returns:
-        `[batch, q_len, heads, v_dim]`; padded rows are 0.
-    """
-    rows = []
-    for row in range(q.shape[0]):
-        keys, queries = _real_tokens(padding, row, q.shape[2])
-        real = slice(None) if queries is None else queries
-        q_row = q[row][:, real]
-        if q_row.shape[1] == 0:
-            out = None
-            if state is not None:
-                state.count_exact("all padding")
-        else:
-            out = _one_row(q_row, k[row][:, keys], v[row][:, keys], call, state)
-        if queries is not None:
-            whole = q.new_zeros(q.shape[2], q.shape[1], v.shape[3])
-            if out is not None:
-                whole[queries] = out.transpose(0, 1)
-            rows.append(whole)
-        elif out is not None:
-            rows.append(out.transpose(0, 1))
-    return rows[0][None].contiguous() if len(rows) == 1 else torch.stack(rows)
-
-
-def _one_row(q: Tensor, k: Tensor, v: Tensor, call: Call, state: LayerState | None) -> Tensor:
-    """`[heads, q_len, v_dim]` of one unpadded sequence."""
-    if state is not None:
-        out = state.attend(q, k, v, call.scale)
-        if isinstance(out, Tensor):
-            return out
-        state.count_exact(out)
-    return _exact(call)(q[None], k[None], v[None])[0]
-
-
-def _real_tokens(
-    padding: Tensor | None, row: int, q_len: int
-) -> tuple[slice | Tensor, slice | Tensor | None]:
-    """Which keys and which queries of one row are real; None for "all queries"."""
-    if padding is None:
-        return slice(None), None
-    real = padding[row].bool()
-    return _compact(real.nonzero()[:, 0]), _compact(real[-q_len:].nonzero()[:, 0])
-
-
-def _compact(index: Tensor) -> slice | Tensor:
-    """An ascending index as a slice where it is one: slicing needs no copy."""
-    n = index.numel()
-    if n == 0:
-        return slice(0, 0)
-    first, last = int(index[0]), int(index[-1])
-    return slice(first, last + 1) if last - first + 1 == n else index
 
 
 AttentionInterface.register(NAME, attention_function)

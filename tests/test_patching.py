@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import sparse_patch
 from sparse_patch import SparsePatchWarning, patching
+from sparse_patch.attention import attention_function
 from tests.zoo import tiny_model
 
 FLEX = {"block_size": 16, "min_budget": 1, "gamma": 0.5, "min_length": 0, "min_queries": 0}
@@ -198,6 +199,22 @@ def test_a_sparse_row_does_not_feel_its_padding(llama, side, method):
             torch.testing.assert_close(batch[i, where[i]], alone, atol=5e-5, rtol=0)
 
 
+def test_a_model_that_cuts_the_mask_to_its_last_rows_keeps_its_padding():
+    model = tiny_model("gemma4")
+    ids, extra = left_padded([tokens(length=n)[0] for n in (60, 47)], 60)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    want = model.generate(ids, attention_mask=extra["attention_mask"], **options)
+    with torch.no_grad():
+        full = model(ids, logits_to_keep=3, **extra).logits
+    with sparse_patch.patch(model, "dense", **KEEP) as handle:
+        got = model.generate(ids, attention_mask=extra["attention_mask"], **options)
+        with torch.no_grad():
+            cut = model(ids, logits_to_keep=3, **extra).logits
+    assert torch.equal(got, want)
+    torch.testing.assert_close(cut, full, atol=1e-5, rtol=0)
+    assert handle.report().sparse_calls > 0
+
+
 def test_padding_in_the_middle_is_skipped_too(llama):
     ids, mask = tokens(), torch.ones(1, 200).long()
     mask[:, 50:90] = 0
@@ -222,7 +239,7 @@ def test_an_empty_batch_is_exact_and_counted(llama):
     module = llama.model.layers[0].self_attn
     q, kv = torch.randn(0, 4, 200, 16), torch.randn(0, 2, 200, 16)
     with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
-        assert patching.attention_function(module, q, kv, kv, None)[0].shape == (0, 200, 4, 16)
+        assert attention_function(module, q, kv, kv, None)[0].shape == (0, 200, 4, 16)
     assert handle.report().exact == {"empty batch": 1}
 
 
@@ -383,15 +400,22 @@ def test_special_layers_are_counted_by_reason(family, reasons):
     assert set(handle.report().exact) == reasons
 
 
+def test_an_unknown_family_with_an_indexer_is_refused():
+    model = tiny_model("deepseek_v32")
+    model.config.model_type = "deepseek_v99"
+    with pytest.raises(ValueError, match="DeepseekV32Indexer"):
+        sparse_patch.patch(model, "flexprefill")
+
+
 def test_a_model_that_selects_keys_itself_is_never_overruled(llama):
     """The families are refused by name; a new one shows by what it passes."""
     module = llama.model.layers[0].self_attn
     q, kv = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
     for name in ("indices", "block_indices"):
         with pytest.raises(RuntimeError, match="selects keys itself"):
-            patching.attention_function(module, q, kv, kv, None, **{name: torch.zeros(1)})
+            attention_function(module, q, kv, kv, None, **{name: torch.zeros(1)})
     with pytest.raises(RuntimeError, match="continuous batching"):
-        patching.attention_function(module, q, kv, kv, None, cache=object())
+        attention_function(module, q, kv, kv, None, cache=object())
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -423,6 +447,7 @@ def test_models_that_cannot_be_patched_are_refused_untouched(family, message):
         ({"layers": [4]}, ValueError, r"layers: no attention layer \[4\]"),
         ({"dense_layers": [-5]}, ValueError, "dense_layers"),
         ({"min_length": -1}, ValueError, "min_length=-1"),
+        ({"measure_recall": -1}, ValueError, "measure_recall=-1"),
         ({"backend": "cuda"}, ValueError, "choose one of"),
         ({"backend": "triton"}, BackendUnavailable, "triton"),
         ({"method": 3}, ValueError, "method=3"),

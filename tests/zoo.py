@@ -161,6 +161,18 @@ EXTRA_FAMILIES: dict[str, Builder] = {
     "opt": _family(
         "OPT", num_key_value_heads=4, ffn_dim=128, word_embed_proj_dim=64, init_std=0.12
     ),
+    # Its last two layers take over the keys of earlier ones, and cut the mask to the last rows.
+    "gemma4": _family(
+        "Gemma4",
+        config="TextConfig",
+        head_dim=16,
+        global_head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=_SLIDING_THEN_FULL,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=128,
+        hidden_size_per_layer_input=16,
+    ),
     "falcon": _family(
         "Falcon", num_key_value_heads=4, num_kv_heads=2, new_decoder_architecture=True
     ),

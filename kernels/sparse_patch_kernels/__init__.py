@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -64,6 +65,32 @@ def _what_triton_needs(device: torch.device) -> str:
     if device.type not in ("cuda", "xpu"):
         missing.append(f"tensors on a GPU (these are on {device.type!r})")
     return f"backend='triton' needs {'; '.join(missing)}. Use backend='auto', 'cpu' or 'reference'."
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_sparse_attention(

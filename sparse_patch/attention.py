@@ -1,0 +1,126 @@
+"""The attention function a patched model calls: sparse where it can be, exact where it must.
+
+It knows tensors and a module's `LayerState`, not Transformers. Padding is taken out row by row, so
+that every sequence gets the answer it would get alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .exact import Exact
+from .routing import Call, LayerState
+
+# The attribute of a patched attention module that holds its LayerState.
+STATE = "_sparse_patch"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values and keeps counts: a compiled model breaks its graph here
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """AttentionInterface entry: sparse where the patch allows it, else exact.
+
+    Args:
+        query: `[batch, heads, q_len, dim]` after RoPE.
+        key, value: `[batch, kv_heads, kv_len, dim]` after the cache.
+        attention_mask: what `mask_function` returns, or a 4-D mask of the user's own.
+
+    Returns:
+        `[batch, q_len, heads, v_dim]`, and no weights.
+    """
+    call = Call.read(module, query.shape[-1], scaling, dropout, kwargs)
+    state: LayerState | None = getattr(module, STATE, None)
+    if state is not None:
+        reason = state.why_exact(module, query, key, value, attention_mask, call)
+        if reason is None:
+            return _row_by_row(query, key, value, attention_mask, call, state), None
+        state.count_exact(reason, max(1, query.shape[0]))
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return _row_by_row(query, key, value, attention_mask, call, None), None
+    out = _exact(call)(query, key, value, attention_mask)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _exact(call: Call) -> Exact:
+    return Exact(
+        scale=call.scale,
+        causal=call.causal,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        bias=call.bias,
+        dropout=call.dropout,
+    )
+
+
+def _row_by_row(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, call: Call, state: LayerState | None
+) -> Tensor:
+    """Each sequence without its padding, so that it gets the answer it would get alone.
+
+    Args:
+        padding: bool `[batch, kv_len]`, True at real tokens, or None.
+        state: decides sparse or exact per row; None: all exact.
+
+    Returns:
+        `[batch, q_len, heads, v_dim]`; padded rows are 0.
+    """
+    rows = []
+    for row in range(q.shape[0]):
+        keys, queries = _real_tokens(padding, row, q.shape[2])
+        real = slice(None) if queries is None else queries
+        q_row = q[row][:, real]
+        if q_row.shape[1] == 0:
+            out = None
+            if state is not None:
+                state.count_exact("all padding")
+        else:
+            out = _one_row(q_row, k[row][:, keys], v[row][:, keys], call, state)
+        if queries is not None:
+            whole = q.new_zeros(q.shape[2], q.shape[1], v.shape[3])
+            if out is not None:
+                whole[queries] = out.transpose(0, 1)
+            rows.append(whole)
+        elif out is not None:
+            rows.append(out.transpose(0, 1))
+    return rows[0][None].contiguous() if len(rows) == 1 else torch.stack(rows)
+
+
+def _one_row(q: Tensor, k: Tensor, v: Tensor, call: Call, state: LayerState | None) -> Tensor:
+    """`[heads, q_len, v_dim]` of one unpadded sequence."""
+    if state is not None:
+        out = state.attend(q, k, v, call.scale)
+        if isinstance(out, Tensor):
+            return out
+        state.count_exact(out)
+    return _exact(call)(q[None], k[None], v[None])[0]
+
+
+def _real_tokens(
+    padding: Tensor | None, row: int, q_len: int
+) -> tuple[slice | Tensor, slice | Tensor | None]:
+    """Which keys and which queries of one row are real; None for "all queries"."""
+    if padding is None:
+        return slice(None), None
+    real = padding[row].bool()
+    return _compact(real.nonzero()[:, 0]), _compact(real[-q_len:].nonzero()[:, 0])
+
+
+def _compact(index: Tensor) -> slice | Tensor:
+    """An ascending index as a slice where it is one: slicing needs no copy."""
+    n = index.numel()
+    if n == 0:
+        return slice(0, 0)
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == n else index
