@@ -19,7 +19,7 @@ def run(code, cwd=ROOT):
     ("package", "banned"),
     [
         ("sparse_patch_kernels", ["transformers", "sparse_patch", "sparse_patch_eval", "triton"]),
-        ("sparse_patch", ["sparse_patch_eval", "rich", "matplotlib", "lm_eval"]),
+        ("sparse_patch", ["sparse_patch_eval", "matplotlib", "lm_eval"]),
     ],
 )
 def test_a_package_loads_nothing_above_it(package, banned):

@@ -133,11 +133,10 @@ def demo(
 
 
 def _demo_table(rows: list[DemoRow], title: str) -> Table:
-    table = Table(title=title)
-    for column in ("tokens", "dense s", "sparse s", "speed-up", "density", "recall"):
-        table.add_column(column, justify="right")
-    table.add_column("answer")
-    table.add_column("KL to dense", justify="right")
+    table = Table(title=title, title_justify="left", caption="KL: dense to sparse, nats")
+    for column in ("tokens", "dense s", "sparse s", "speed-up", "density", "recall", "KL"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("answer", no_wrap=True)
     for row in rows:
         verdict = "same" if row.same_answer else "differs"
         table.add_row(
@@ -147,8 +146,8 @@ def _demo_table(rows: list[DemoRow], title: str) -> Table:
             f"{row.speed_up:.2f}x",
             "-" if row.density is None else f"{row.density:.3f}",
             "-" if row.recall is None else f"{row.recall:.3f}",
-            f"{verdict} ({'right' if row.right else 'wrong'})",
             f"{row.kl:.4f}",
+            f"{verdict}, {'right' if row.right else 'wrong'}",
         )
     return table
 
