@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
@@ -133,7 +134,13 @@ def demo(
 
 
 def _demo_table(rows: list[DemoRow], title: str) -> Table:
-    table = Table(title=title, title_justify="left", caption="KL: dense to sparse, nats")
+    # A light box: the eight columns then fit a terminal of 80.
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="KL: dense to sparse, nats",
+        box=box.SIMPLE_HEAD,
+    )
     for column in ("tokens", "dense s", "sparse s", "speed-up", "density", "recall", "KL"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("answer", no_wrap=True)
