@@ -140,6 +140,7 @@ def _demo_table(rows: list[DemoRow], title: str) -> Table:
         title_justify="left",
         caption="KL: dense to sparse, nats",
         box=box.SIMPLE_HEAD,
+        padding=0,
     )
     for column in ("tokens", "dense s", "sparse s", "speed-up", "density", "recall", "KL"):
         table.add_column(column, justify="right", no_wrap=True)
