@@ -38,7 +38,12 @@ def attention_function(
 
     Returns:
         `[batch, q_len, heads, v_dim]`, and no weights.
+
+    Raises:
+        ValueError: the mask is of a form that could be misread.
+        RuntimeError: see `Call.read`.
     """
+    _check_mask(attention_mask, query, key)
     call = Call.read(module, query.shape[-1], scaling, dropout, kwargs)
     state: LayerState | None = getattr(module, STATE, None)
     if state is not None:
@@ -50,6 +55,18 @@ def attention_function(
         return _row_by_row(query, key, value, attention_mask, call, None), None
     out = _exact(call)(query, key, value, attention_mask)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """A model may build masks of its own: one we would misread must not pass."""
+    if mask is None or mask.ndim == 4:
+        return
+    if mask.shape != (q.shape[0], k.shape[2]) or mask.dtype.is_floating_point:
+        raise ValueError(
+            f"sparse_patch: an attention mask of shape {tuple(mask.shape)} and {mask.dtype} is "
+            f"neither 4-D nor boolean padding [batch, kv_len] = {(q.shape[0], k.shape[2])}; call "
+            "sparse_patch.unpatch(model)"
+        )
 
 
 def _exact(call: Call) -> Exact:

@@ -407,6 +407,24 @@ def test_an_unknown_family_with_an_indexer_is_refused():
         sparse_patch.patch(model, "flexprefill")
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(1, 9, dtype=torch.bool),  # longer than the keys
+        torch.ones(2, 8, dtype=torch.bool),  # another batch
+        torch.zeros(1, 8),  # to be added: 0 would mean visible, not padding
+        torch.ones(1, 8, 8, dtype=torch.bool),
+    ],
+    ids=lambda m: f"{tuple(m.shape)} {m.dtype}",
+)
+def test_a_mask_that_could_be_misread_is_an_error(llama, mask):
+    module = llama.model.layers[0].self_attn
+    q, kv = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    with sparse_patch.patch(llama, "dense", **KEEP):
+        with pytest.raises(ValueError, match="neither 4-D nor boolean padding"):
+            attention_function(module, q, kv, kv, mask)
+
+
 def test_a_model_that_selects_keys_itself_is_never_overruled(llama):
     """The families are refused by name; a new one shows by what it passes."""
     module = llama.model.layers[0].self_attn
