@@ -8,7 +8,7 @@ from sparse_patch_kernels import BackendUnavailable, BlockPlan, RunList
 
 from .diagnostics import recall
 from .patching import Patch, patch, report, unpatch
-from .registry import Method, describe, get_method, list_methods, param, register
+from .registry import Method, MethodInfo, describe, get_method, list_methods, param, register
 from .reporting import LayerReport, Report
 from .routing import SparsePatchWarning
 
@@ -19,6 +19,7 @@ __all__ = [
     "BlockPlan",
     "LayerReport",
     "Method",
+    "MethodInfo",
     "Patch",
     "Report",
     "RunList",

@@ -54,7 +54,7 @@ def patch(
     method: str | Method,
     *,
     layers: Iterable[int] | None = None,
-    dense_layers: int | Iterable[int] = (),
+    dense_layers: int | Iterable[int] | None = None,
     min_length: int = 1024,
     min_queries: int = 64,
     backend: str = "auto",
@@ -71,13 +71,14 @@ def patch(
             only the text decoder is patched.
         method: a name from `list_methods()`, or a method object.
         layers: indices of the layers to patch, negative from the end; default: all.
-        dense_layers: layers kept exact: indices, or a number n for the first n.
+        dense_layers: layers kept exact: indices, or a number n for the first n; default: the
+            method's own (0 for most).
         min_length: sequences with fewer keys run exact, tokens.
         min_queries: calls with fewer queries against longer keys run exact (speculative decoding).
         backend: one of `sparse_patch_kernels.BACKENDS`. A named one runs or raises; "auto" chooses.
         measure_recall: also measure the attention mass kept, which costs about a dense prefill; a
             number measures about so many query rows per call instead of all.
-        params: the method's parameters.
+        params: the method's parameters, and `preset=` for one of its presets.
 
     Returns:
         The patch, already active: a handle (`remove()`, `report()`) and a context manager that
@@ -92,6 +93,8 @@ def patch(
     root = _transformers_model(model)
     chosen = _as_method(method, params)
     modules = _attention_modules(root)
+    if dense_layers is None:
+        dense_layers = getattr(chosen, "dense_layers", 0)
     wanted, dense = _select_layers([layer for layer, _ in modules], layers, dense_layers)
     if min_length < 0 or min_queries < 0:
         raise ValueError(
@@ -103,7 +106,7 @@ def patch(
         choose_backend(backend, root.device)
     options = Options(min_length, min_queries, backend, measure_recall)
     states = [
-        (module, LayerState(layer, None if layer in dense else chosen, options))
+        (module, LayerState(layer, None if layer in dense else _of_layer(chosen, layer), options))
         for layer, module in modules
         if layer in wanted
     ]
@@ -234,6 +237,11 @@ def _as_method(method: str | Method, params: dict[str, Any]) -> Method:
     if not callable(getattr(method, "plan", None)):
         raise ValueError(f"method={method!r} must be a name or an object with plan(q, k, ...)")
     return method
+
+
+def _of_layer(method: Method, layer: int) -> Method:
+    """A method of another package need not be a `Method`; then it is the same on every layer."""
+    return method.for_layer(layer) if isinstance(method, Method) else method
 
 
 def _select_layers(

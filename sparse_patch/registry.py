@@ -17,10 +17,10 @@ import dataclasses
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from sparse_patch_kernels import BlockPlan
 from torch import Tensor
@@ -37,26 +37,33 @@ class _Rule:
     upto: float | None = None
     choices: tuple[Any, ...] | None = None
     optional: bool = False
+    per_head: bool = False
 
     def allowed(self) -> str:
         """The admitted values in words, for errors and `sparse-patch methods`."""
         if self.choices is not None:
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
-        kind = "a whole number" if self.kind is int else "a number"
-        kind = "true or false" if self.kind is bool else kind
+        names = {int: "a whole number", bool: "true or false", str: "text", tuple: "a tuple"}
+        kind = names.get(self.kind, "a number")
         low = f" > {self.above:g}" if self.above is not None else ""
         low = f" >= {self.least:g}" if self.least is not None else low
         high = f" <= {self.upto:g}" if self.upto is not None else ""
         both = " and" if low and high else ""
-        return f"{kind}{low}{both}{high}" + (" or None" if self.optional else "")
+        more = ", or a tuple of one per query head" if self.per_head else ""
+        return f"{kind}{low}{both}{high}{more}" + (" or None" if self.optional else "")
 
     def admits(self, value: Any) -> bool:
         if value is None:
             return self.optional
+        if self.per_head and isinstance(value, tuple):
+            one = dataclasses.replace(self, per_head=False)
+            return len(value) > 0 and all(one.admits(number) for number in value)
         if self.choices is not None:
             return any(value == c and type(value) is type(c) for c in self.choices)
         if isinstance(value, bool) != (self.kind is bool) or not isinstance(value, self.kind):
             return False
+        if self.kind in (str, tuple):
+            return len(value) > 0
         number = float(value)
         return (
             math.isfinite(number)
@@ -75,6 +82,7 @@ def param(
     upto: float | None = None,
     choices: tuple[Any, ...] | None = None,
     kind: type | None = None,
+    per_head: bool = False,
 ) -> Any:
     """A documented, range-checked dataclass field of a method.
 
@@ -83,22 +91,37 @@ def param(
         help: one line for `sparse-patch methods`.
         above, least, upto: bounds `> above`, `>= least`, `<= upto`.
         choices: the admitted values, instead of bounds.
-        kind: int, float or bool; default: the type of `default`. A float field takes ints too.
+        kind: int, float, bool, str or tuple; default: the type of `default`. A float field takes
+            ints too, text and tuples must not be empty.
+        per_head: also take a tuple of such values, one per query head.
     """
     kind = kind or type(default)
     kinds = (int, float) if kind is float else kind
-    rule = _Rule(help, kinds, above, least, upto, choices, optional=default is None)
+    rule = _Rule(help, kinds, above, least, upto, choices, default is None, per_head)
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base of all methods: a frozen dataclass of parameters and one pure function, `plan`."""
+    """Base of all methods: a frozen dataclass of parameters and one pure function, `plan`.
+
+    Class attributes:
+        source: where the method comes from, as arXiv ids or a repository.
+        presets: named sets of parameters, `get_method(name, preset="paper")`.
+    """
+
+    source: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    dense_layers: int = param(0, "first layers that sparse_patch.patch keeps exact", least=0)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             rule = field.metadata.get("rule")
             value = getattr(self, field.name)
+            if isinstance(value, list):  # JSON and the command line have no tuples
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
             if rule is not None and not rule.admits(value):
                 raise ValueError(
                     f"{type(self).__name__}: {field.name}={value!r} must be {rule.allowed()} "
@@ -118,6 +141,10 @@ class Method(ABC):
         Returns:
             The plan, or None where exact attention is right (too short, say).
         """
+
+    def for_layer(self, layer: int) -> Method:
+        """This method for one layer of a model; methods with tables per layer override it."""
+        return self
 
 
 def check_sequence(q: Tensor, k: Tensor, q_offset: int) -> None:
@@ -200,30 +227,74 @@ def method_class(name: str) -> type:
     raise ValueError(f"unknown method {name!r}{_nearest(name, list_methods())}")
 
 
-def get_method(name: str, **params: Any) -> Method:
+def get_method(name: str, *, preset: str | None = None, **params: Any) -> Method:
     """Build a method from keyword arguments.
 
+    Args:
+        name: one of `list_methods()`.
+        preset: start from this named set of parameters; `params` override it.
+        params: the method's parameters.
+
     Raises:
-        ValueError: unknown name, unknown parameter, or a value out of its range. The message names
-            the argument and what it may be.
+        ValueError: unknown name, preset or parameter, or a value out of its range. The message
+            names the argument and what it may be.
     """
     cls = method_class(name)
     known = [field.name for field in dataclasses.fields(cls)]
     for key in params:
         if key not in known:
             raise ValueError(f"{name} has no parameter {key!r}{_nearest(key, known)}")
+    if preset is not None:
+        presets = getattr(cls, "presets", {})
+        if preset not in presets:
+            raise ValueError(f"{name} has no preset {preset!r}{_nearest(preset, presets)}")
+        params = {**presets[preset], **params}
     method: Method = cls(**params)
     return method
 
 
-def describe(name: str) -> list[tuple[str, Any, str, str]]:
-    """Parameters of a method: (name, default, admitted values, help), in order."""
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method: its default, the values it may have in words, what it does."""
+
+    name: str
+    default: Any
+    allowed: str
+    help: str
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What `sparse-patch methods` shows of a method."""
+
+    name: str
+    summary: str
+    source: str
+    parameters: tuple[Parameter, ...]
+    presets: Mapping[str, Mapping[str, Any]]
+
+
+def describe(name: str) -> MethodInfo:
+    """Name, one line, source, parameters (its own first) and presets of a method.
+
+    Raises:
+        ValueError: no method has that name.
+    """
+    cls = method_class(name)
     rows = []
-    for field in dataclasses.fields(method_class(name)):
+    for field in dataclasses.fields(cls):
         rule = field.metadata.get("rule")
         allowed, text = (rule.allowed(), rule.help) if rule else (str(field.type), "")
-        rows.append((field.name, field.default, allowed, text))
-    return rows
+        rows.append(Parameter(field.name, field.default, allowed, text))
+    inherited = {field.name for field in dataclasses.fields(Method)}
+    rows.sort(key=lambda row: row.name in inherited)
+    return MethodInfo(
+        name=name,
+        summary=(cls.__doc__ or "").strip().splitlines()[0],
+        source=getattr(cls, "source", ""),
+        parameters=tuple(rows),
+        presets=getattr(cls, "presets", {}),
+    )
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""What block-selecting methods share. Blocks are counted on one grid from position 0.
+"""What methods share to tell how much blocks are worth. Blocks are counted from position 0.
 
 Shapes: q `[heads, q_len, dim]`, k `[kv_heads, kv_len, dim]`, block masks
 `[heads, q_blocks, k_blocks]`.
@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Largest matrix of probabilities a probe holds at a time, in elements (128 MiB in float32).
 PROBE_ELEMENTS = 1 << 25
+# The same for scores that are pooled as they are made (16 MiB): small tiles stay in the caches.
+TILE_ELEMENTS = 1 << 22
 
 
 def pool_mean(x: Tensor, block: int, offset: int = 0) -> Tensor:
@@ -78,28 +80,97 @@ def _probe_lines_of(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]
     return probs.sum(1) / n_probe, by_distance.sum(1) / n_probe
 
 
-def cover(mass: Tensor, share: float) -> Tensor:
-    """int64 `[heads]`: size of the smallest top set whose mass is strictly above `share`."""
-    running = mass.sort(dim=-1, descending=True).values.cumsum(-1)
-    return (running <= share).sum(-1) + 1
+def probe_mass(q: Tensor, k: Tensor, scale: float, block: int) -> Tensor:
+    """True attention mass of each key block, seen by a few last queries, mean over them.
 
+    Args:
+        q: `[heads, n_probe, dim]`, the last rows of the sequence.
+        k: `[kv_heads, kv_len, dim]`.
 
-def top_mask(scores: Tensor, count: Tensor) -> Tensor:
-    """bool like `scores [heads, n]`: the `count [heads]` largest of each row, first of equals."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    chosen = torch.arange(scores.shape[-1], device=scores.device) < count[:, None]
-    return torch.zeros_like(chosen).scatter_(-1, order, chosen)
-
-
-def to_query_grid(mask: Tensor, q_len: int, q_offset: int, block: int) -> Tensor:
-    """Move a block mask from the grid at position 0 to one that starts at the first query.
-
-    `mask [heads, q_blocks, k_blocks]` has a row per block of the position grid that holds a query.
-    A query block that straddles two of them keeps what either keeps.
+    Returns:
+        float32 `[heads, blocks]`, summing to 1 per head.
     """
-    if q_offset % block == 0:
-        return mask
-    first = torch.arange(0, q_len, block, device=mask.device) + q_offset
-    last = (first + block).clamp(max=q_offset + q_len) - 1
-    base = q_offset // block
-    return mask[:, first // block - base] | mask[:, last // block - base]
+    return pool_sum(probe_lines(q, k, scale)[0], block)
+
+
+def token_scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    *,
+    block: int,
+    stride_q: int = 1,
+    stride_k: int = 1,
+    reduce: str = "sum",
+) -> Tensor:
+    """Log of the attention mass of each block pair, from real softmax rows of a sample of queries.
+
+    Only positions that are multiples of the strides take part (and the last row of a block that
+    has none). Works through a few query blocks at a time: nothing of q_len x kv_len is built.
+
+    Args:
+        q: `[heads, q_len, dim]`, the last rows of the sequence.
+        k: `[kv_heads, kv_len, dim]`.
+        block: tokens per block; `stride_k` divides it.
+        stride_q, stride_k: keep every so many queries, keys.
+        reduce: "sum" of a block's probabilities, or the "max" of them.
+
+    Returns:
+        float32 `[heads, rows, blocks]`: a row per block of the position grid that holds a query;
+        -inf where no sampled query sees a sampled key.
+    """
+    heads, q_len, dim = q.shape
+    kv_heads, kv_len, _ = k.shape
+    offset = kv_len - q_len
+    rows, block_of = _sampled_rows(q_len, offset, block, stride_q, q.device)
+    keys = k[:, ::stride_k].float()
+    n_rows, n_blocks = int(block_of[-1]) + 1, -(-kv_len // block)
+    result = torch.full((heads, n_rows, n_blocks), float("-inf"), device=q.device)
+    per_block = -(-block // stride_q)
+    step = max(1, TILE_ELEMENTS // (heads * keys.shape[1] * per_block))
+    for first in range(0, n_rows, step):
+        mine = (block_of >= first) & (block_of < first + step)
+        row, of = rows[mine], block_of[mine] - first
+        end = min((offset // block + first + step) * block, kv_len)
+        n_keys = -(-end // stride_k)
+        queries = (q[:, row].float() * scale).reshape(kv_heads, -1, dim)
+        scores = (queries @ keys[:, :n_keys].mT).view(heads, len(row), n_keys)
+        position = (row + offset)[:, None]
+        near = int(position.min()) // stride_k  # earlier keys are visible to all of these rows
+        late = torch.arange(near, n_keys, device=q.device) * stride_k > position
+        scores[..., near:].masked_fill_(late, float("-inf"))
+        pooled = _pool_rows(scores, of, block // stride_k, reduce)
+        result[:, first : first + pooled.shape[1], : pooled.shape[2]] = pooled
+    return result
+
+
+def _sampled_rows(
+    q_len: int, offset: int, block: int, stride: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Rows whose position is a multiple of `stride`, and the block, from 0, that each lies in."""
+    row = torch.arange(q_len, device=device)
+    block_of = (row + offset) // block - offset // block
+    taken = (row + offset) % stride == 0
+    some = torch.zeros(int(block_of[-1]) + 1, dtype=torch.bool, device=device)
+    some[block_of[taken]] = True
+    ends = torch.ones_like(taken)
+    ends[:-1] = block_of[1:] != block_of[:-1]
+    taken |= ends & ~some[block_of]
+    return row[taken], block_of[taken]
+
+
+def _pool_rows(scores: Tensor, block_of: Tensor, width: int, reduce: str) -> Tensor:
+    """Logits `[heads, rows, keys]` -> log mass `[heads, blocks of rows, blocks of width keys]`."""
+    heads, _, n_keys = scores.shape
+    pad = -n_keys % width
+    shape = (heads, int(block_of[-1]) + 1, (n_keys + pad) // width)
+    index = block_of[None, :, None].expand(heads, -1, shape[2])
+    if reduce == "max":
+        # In logs throughout: probabilities of a long row underflow, and would tie.
+        lse = scores.logsumexp(-1, keepdim=True)
+        padded = torch.nn.functional.pad(scores, (0, pad), value=float("-inf"))
+        best = padded.reshape(heads, -1, shape[2], width).amax(-1) - lse
+        empty = scores.new_full(shape, float("-inf"))
+        return empty.scatter_reduce_(1, index, best, "amax")
+    mass = pool_sum(scores.softmax(-1), width)
+    return scores.new_zeros(shape).scatter_add_(1, index, mass).log()

@@ -576,7 +576,7 @@ def test_the_report_reads_as_a_table_and_as_json(llama):
     with sparse_patch.patch(llama, "flexprefill", dense_layers=1, **FLEX) as handle:
         logits(llama, tokens())
     lines = str(handle.report()).splitlines()
-    assert lines[0].startswith("FlexPrefill(gamma=0.5")
+    assert lines[0].startswith("FlexPrefill(dense_layers=0, gamma=0.5")
     assert len(lines) == 2 + 4 + 1
     assert lines[2].split() == ["0", "1", "0", "-", "-", "layer", "kept", "dense", "1"]
     assert json.loads(json.dumps(handle.report().to_dict()))["sparse_calls"] == 3

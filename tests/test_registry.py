@@ -41,10 +41,14 @@ def test_methods_are_values():
 @pytest.mark.parametrize("name", list_methods())
 def test_every_parameter_is_documented_and_its_default_is_lawful(name):
     get_method(name)
-    for parameter, default, allowed, text in describe(name):
-        assert allowed, parameter
-        assert text, parameter
-        get_method(name, **{parameter: default})
+    info = describe(name)
+    assert info.summary.endswith(".")
+    for one in info.parameters:
+        assert one.allowed, one.name
+        assert one.help, one.name
+        get_method(name, **{one.name: one.default})
+    for preset in info.presets:
+        get_method(name, preset=preset)
 
 
 @pytest.mark.usefixtures("scratch")

@@ -45,16 +45,44 @@ def main(
 
 
 @app.command()
-def methods() -> None:
-    """List the methods and their parameters: name, default, what it may be, what it does."""
-    for name in sparse_patch.list_methods():
-        summary = (sparse_patch.get_method(name).__doc__ or "").strip().splitlines()[0]
-        table = Table(title=f"{name}: {summary}", title_justify="left", title_style="bold")
-        for column in ("parameter", "default", "may be", "meaning"):
-            table.add_column(column, overflow="fold")
-        for parameter, default, allowed, text in sparse_patch.describe(name):
-            table.add_row(parameter, repr(default), allowed, text)
-        console.print(table)
+def methods(
+    name: Annotated[
+        list[str] | None, typer.Argument(help="Show these in full; default: a line each.")
+    ] = None,
+) -> None:
+    """List the methods: name, one line, source, presets; with names, every parameter too."""
+    if not name:
+        _list_methods()
+        return
+    try:
+        found = [sparse_patch.describe(one) for one in name]
+    except ValueError as error:
+        _fail(error)
+    for info in found:
+        _show_method(info)
+
+
+def _list_methods() -> None:
+    table = Table(box=box.SIMPLE_HEAD, caption="sparse-patch methods NAME shows its parameters")
+    for column in ("method", "what it keeps", "source", "presets"):
+        table.add_column(column, overflow="fold")
+    for one in sparse_patch.list_methods():
+        info = sparse_patch.describe(one)
+        table.add_row(one, info.summary, info.source, ", ".join(info.presets))
+    console.print(table)
+
+
+def _show_method(info: sparse_patch.MethodInfo) -> None:
+    title = f"{info.name}: {info.summary}" + (f" ({info.source})" if info.source else "")
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("parameter", "default", "may be", "meaning"):
+        table.add_column(column, overflow="fold")
+    for one in info.parameters:
+        table.add_row(one.name, repr(one.default), one.allowed, one.help)
+    console.print(table)
+    for preset, values in info.presets.items():
+        settings = ", ".join(f"{key}={value!r}" for key, value in values.items())
+        console.print(f"preset={preset}: {settings}", highlight=False)
 
 
 @app.command()

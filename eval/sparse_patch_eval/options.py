@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
 from sparse_patch import Method, get_method
+
+# A comma that is not inside brackets: `pbs:tau=(0.9,0.8),segment=256`.
+_COMMA = re.compile(r",(?![^()\[\]]*[)\]])")
 
 
 def parse_method(spec: str) -> Method:
     """Read `NAME` or `NAME:key=value,key=value` into a method.
 
-    Values are Python literals (`0.9`, `512`, `None`, `True`); anything else is a string.
+    Values are Python literals (`0.9`, `512`, `None`, `True`, `(0.9,0.8)`); anything else is a
+    string. `preset=NAME` starts from one of the method's presets.
 
     Raises:
         ValueError: the form is wrong, or the method or a parameter does not exist.
     """
     name, _, rest = spec.partition(":")
     params: dict[str, Any] = {}
-    for part in filter(None, (item.strip() for item in rest.split(","))):
+    for part in filter(None, (item.strip() for item in _COMMA.split(rest))):
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise ValueError(

@@ -81,9 +81,8 @@ class _KeyPicker:
         # One list and nothing else, the common case: its runs are the keys, already in order.
         self.run = None if plan.sink or plan.window or plan.key_order is not None else run
         if self.run is not None:
-            start, count = self.run.start, self.run.count
-            self.start = start[head * start.shape[0] // plan.heads].long()
-            self.count = count[head * count.shape[0] // plan.heads].tolist()
+            start, count = self.run.expand(plan.heads)
+            self.start, self.count = start[head].long(), count[head].tolist()
             self.offsets = torch.arange(self.run.width)
 
     def __call__(self, block: int) -> _Picked:

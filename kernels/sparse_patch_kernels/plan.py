@@ -8,6 +8,10 @@ given as positions in the sequence, j is visible to i when
 
 A key that several clauses name counts once. Query rows are the last `q_len` of `kv_len` positions,
 so row r of a call sits at position `kv_len - q_len + r`.
+
+A run list may also be pooled: its keys and values then enter as means of `pool` neighbours, one
+group as one key whose logit gains log(pool), so that a group weighs about what its keys would. A
+group is visible to a row when all of its keys are in the row's past.
 """
 
 from __future__ import annotations
@@ -24,16 +28,19 @@ class RunList:
     """Runs of `width` consecutive keys, listed per head and query block.
 
     Attributes:
-        start: int32 `[lists, n_q_blocks, n]`, first key of each run, ascending and disjoint.
-            `lists` divides the number of query heads: one list a head, a KV group, or for all.
+        start: int32 `[lists, n_q_blocks, n]`, first key of each run; runs are disjoint and
+            ascending. `lists` divides the number of query heads: one a head, a KV group, or all.
         count: int32 `[counts, n_q_blocks]`, how many entries of `start` hold; the rest is padding.
-            `counts` may exceed `lists` (a shared list cut to a length of its own per head).
+            Where `counts` exceeds `lists`, heads share a list and each takes a beginning of its
+            own: such a list is ranked, best run first, instead of ascending.
         width: tokens in each run.
+        pool: neighbours averaged into one key and one value; divides `width`. 1: none.
     """
 
     start: Tensor
     count: Tensor
     width: int
+    pool: int = 1
 
     def __post_init__(self) -> None:
         if self.start.ndim != 3 or self.count.ndim != 2:
@@ -58,18 +65,41 @@ class RunList:
             )
         if self.width < 1:
             raise ValueError(f"RunList: width={self.width} must be at least 1 token")
+        if self.pool < 1 or self.width % self.pool:
+            raise ValueError(f"RunList: pool={self.pool} must divide width={self.width}")
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, width: int, pool: int = 1) -> RunList:
+        """The runs that a mask marks, run j being keys `[j * width, (j + 1) * width)`.
+
+        Args:
+            mask: bool `[lists, n_q_blocks, n_runs]`.
+            width, pool: see the class.
+        """
+        count = mask.sum(-1, dtype=torch.int32)
+        # A stable sort by "not kept" puts the kept runs first and keeps them ascending.
+        index = mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+        index = index[..., : max(1, int(count.max()))]
+        return cls((index * width).to(torch.int32), count, width, pool)
 
     @property
     def heads(self) -> int:
         """Heads that this list tells apart: the larger of `lists` and `counts`."""
         return max(self.start.shape[0], self.count.shape[0])
 
+    @property
+    def ranked(self) -> bool:
+        """Are lists shared and cut per head, best run first, instead of ascending?"""
+        return self.count.shape[0] > self.start.shape[0]
+
     def expand(self, heads: int) -> tuple[Tensor, Tensor]:
-        """`start [heads, n_q_blocks, n]` and `count [heads, n_q_blocks]`, one entry per head."""
-        return (
-            self.start.repeat_interleave(heads // self.start.shape[0], 0),
-            self.count.repeat_interleave(heads // self.count.shape[0], 0),
-        )
+        """`start [heads, n_q_blocks, n]`, ascending, and `count [heads, n_q_blocks]` per head."""
+        start = self.start.repeat_interleave(heads // self.start.shape[0], 0)
+        count = self.count.repeat_interleave(heads // self.count.shape[0], 0)
+        if self.ranked:
+            padding = torch.arange(start.shape[2], device=start.device) >= count[..., None]
+            start = start.masked_fill_(padding, torch.iinfo(torch.int32).max).sort(dim=-1).values
+        return start, count
 
     def valid(self, heads: int) -> Tensor:
         """bool `[heads, n_q_blocks, n]`: which entries of the expanded `start` hold."""
@@ -90,6 +120,8 @@ class BlockPlan:
         window: keys closer than `window` tokens are visible (token-exact; 1 is the row itself).
         key_order: int `[lists, kv_len]` or None. With it, runs list slots, and slot s holds key
             `key_order[s]`; causality, sink and window stay on the keys' own positions.
+
+    Pooled runs must not overlap other runs, `sink` or `window`: a key would count twice.
 
     Raises:
         ValueError: a field is out of range, lists do not fit together, or (on CPU, where looking
@@ -195,12 +227,7 @@ class BlockPlan:
         blank = cls(q_len=q_len, kv_len=kv_len, block_q=block_q)
         first_key = torch.arange(n_k, device=mask.device) * block_k
         mask = mask & (first_key <= blank.last_rows(mask.device)[:, None])
-        count = mask.sum(-1, dtype=torch.int32)
-        # A stable sort by "not kept" puts the kept blocks first and keeps them ascending.
-        index = mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
-        index = index[..., : max(1, int(count.max()))]
-        start = (index * block_k).to(torch.int32)
-        return dataclasses.replace(blank, runs=(RunList(start, count, block_k),))
+        return dataclasses.replace(blank, runs=(RunList.from_mask(mask, block_k),))
 
     def check(self) -> None:
         """Look at every run: ascending, disjoint, begun before the block's last row.
@@ -253,23 +280,52 @@ class BlockPlan:
 
         A plan of one run list is counted in blocks of its width. Any other is counted in keys that
         at least one row of the query block sees, which is the same measure with blocks of width 1.
+        A pooled group counts as one key.
         """
         return float(self.head_density().mean())
 
-    def _pairs(self) -> tuple[Tensor, int]:
+    def _pairs(self) -> tuple[Tensor, float]:
+        """Kept pairs float64 `[heads]` and causal ones, in (query block, key) pairs."""
         device = self.runs[0].start.device if self.runs else None
         last = self.last_rows(device)
-        if len(self.runs) == 1 and not (self.sink or self.window or self.key_order is not None):
-            run = self.runs[0]
-            return run.expand(self.heads)[1].sum(-1), int((last // run.width + 1).sum())
+        tokens = [run for run in self.runs if run.pool == 1]
         causal = int((last + 1).sum())
-        if self.key_order is None:
-            return self._covered(last), causal
-        blocks = range(self.n_q_blocks)
-        seen = [sum(self.block_mask(h, b).any(0).sum() for b in blocks) for h in range(self.heads)]
-        return torch.stack([torch.as_tensor(count) for count in seen]), causal
+        if len(tokens) == 1 and not (self.sink or self.window or self.key_order is not None):
+            (run,) = tokens
+            kept = run.expand(self.heads)[1].sum(-1) * run.width
+            causal = int((last // run.width + 1).sum()) * run.width
+        elif self.key_order is None:
+            kept = self._covered(last, tokens)
+        elif not (self.sink or self.window):
+            kept = self._reordered(last, tokens)
+        else:
+            blocks = range(self.n_q_blocks)
+            rows = [[self.block_mask(h, b).any(0).sum() for b in blocks] for h in range(self.heads)]
+            kept = torch.tensor(rows, device=device).sum(-1)
+        kept = kept.double()
+        for run in self.runs:
+            if run.pool > 1:  # a group is one key of the work
+                kept = kept + run.expand(self.heads)[1].sum(-1) * (run.width / run.pool)
+        return kept, causal
 
-    def _covered(self, last: Tensor) -> Tensor:
+    def _reordered(self, last: Tensor, runs: list[RunList]) -> Tensor:
+        """int64 `[heads]`: keys of the runs, read through `key_order`, that some row sees."""
+        assert self.key_order is not None
+        order = self.key_order.repeat_interleave(self.heads // self.key_order.shape[0], 0).long()
+        kept = []
+        for head in range(self.heads):  # one at a time: the slots of all would take much room
+            listed = torch.zeros(
+                len(last), self.kv_len + 1, dtype=torch.bool, device=last.device
+            )  # one slot more, for what a run names past the end
+            for run in runs:
+                block, slot = run.valid(self.heads)[head].nonzero(as_tuple=True)
+                start = run.expand(self.heads)[0][head, block, slot].long()
+                slots = start[:, None] + torch.arange(run.width, device=last.device)
+                listed[block[:, None], slots.clamp(max=self.kv_len)] = True
+            kept.append((listed[:, :-1] & (order[head] <= last[:, None])).sum())
+        return torch.stack(kept)
+
+    def _covered(self, last: Tensor, runs: list[RunList]) -> Tensor:
         """int64 `[heads]`: keys in the union of runs, sink and window, summed over query blocks."""
         heads, n_blocks = self.heads, self.n_q_blocks
         first = torch.arange(n_blocks, device=last.device) * self.block_q + self.q_offset
@@ -280,7 +336,7 @@ class BlockPlan:
                 (first - self.window + 1).clamp(min=0)[None, :, None].expand(heads, -1, 1)
             )
             ends.append(last[None, :, None].expand(heads, -1, 1) + 1)
-        for run in self.runs:
+        for run in runs:
             start = run.expand(heads)[0].long()
             end = torch.minimum(start + run.width, last[:, None] + 1)
             begins.append(start)
@@ -291,10 +347,12 @@ class BlockPlan:
         return (end - torch.maximum(begin, reached)).clamp(min=0).sum((-1, -2))
 
     def listed_keys(self, head: int, block: int) -> Tensor:
-        """bool `[kv_len]`: keys in the runs of one query block, by their own positions."""
+        """bool `[kv_len]`: keys in the unpooled runs of one query block, by their own positions."""
         device = self.runs[0].start.device if self.runs else None
         listed = torch.zeros(self.kv_len, dtype=torch.bool, device=device)
         for run in self.runs:
+            if run.pool > 1:
+                continue
             count = int(run.count[head * run.count.shape[0] // self.heads, block])
             start = run.start[head * run.start.shape[0] // self.heads, block, :count].long()
             keys = (start[:, None] + torch.arange(run.width, device=device)).flatten()
@@ -304,8 +362,23 @@ class BlockPlan:
             listed = torch.empty_like(listed).index_copy_(0, order, listed)
         return listed
 
+    def pooled_keys(self, run: RunList, head: int, block: int) -> Tensor:
+        """int64 `[groups, pool]`: the keys of each group of a pooled run list, for one query block.
+
+        A row sees a group when the largest of its keys is not after the row. A group that the end
+        of the sequence cuts short is left out.
+        """
+        count = int(run.count[head * run.count.shape[0] // self.heads, block])
+        start = run.start[head * run.start.shape[0] // self.heads, block, :count].long()
+        slots = start[:, None] + torch.arange(run.width, device=start.device)
+        groups = slots.reshape(-1, run.pool)
+        groups = groups[groups[:, -1] < self.kv_len]
+        if self.key_order is None:
+            return groups
+        return self.key_order[head * self.key_order.shape[0] // self.heads].long()[groups]
+
     def block_mask(self, head: int, block: int) -> Tensor:
-        """bool `[rows, kv_len]`: what each row of one query block sees."""
+        """bool `[rows, kv_len]`: which single keys each row of one query block sees."""
         listed = self.listed_keys(head, block)
         key = torch.arange(self.kv_len, device=listed.device)
         row = torch.arange(*self.row_range(block), device=listed.device)[:, None]
@@ -313,6 +386,8 @@ class BlockPlan:
 
     def to_dense_mask(self, q_len: int | None = None, kv_len: int | None = None) -> Tensor:
         """bool `[heads, q_len, kv_len]`: the token mask every backend must equal.
+
+        Pooled runs are not in it.
 
         Raises:
             ValueError: the lengths do not fit the plan (see `fit`).

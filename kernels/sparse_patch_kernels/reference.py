@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from .plan import BlockPlan
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T, over the keys the plan shows) v.
+    """softmax(scale * q k^T, over the keys and pooled keys the plan shows) v.
 
     Args:
         q: `[heads, q_len, dim]`.
@@ -22,15 +24,29 @@ def block_sparse_attention(
         (float64 for float64 input). A row that sees no key gives 0 and -inf.
     """
     acc = torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[0] // k.shape[0]
-    heads_per_list = q.shape[0] // plan.heads
-    out, lse = [], []
-    for list_index, mask in enumerate(plan.to_dense_mask()):
-        for head in range(list_index * heads_per_list, (list_index + 1) * heads_per_list):
-            keys, values = k[head // group].to(acc), v[head // group].to(acc)
-            scores = (q[head].to(acc) @ keys.T * scale).masked_fill(~mask, float("-inf"))
+    group, per_list = q.shape[0] // k.shape[0], q.shape[0] // plan.heads
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)
+    for head in range(q.shape[0]):
+        keys, values = k[head // group].to(acc), v[head // group].to(acc)
+        for block in range(plan.n_q_blocks):
+            first, end = plan.row_range(block)
+            rows = slice(first - plan.q_offset, end - plan.q_offset)
+            queries = q[head, rows].to(acc) * scale
+            seen = plan.block_mask(head // per_list, block)
+            logits, shown = [(queries @ keys.T).masked_fill(~seen, float("-inf"))], [values]
+            for run in plan.runs:
+                if run.pool > 1:
+                    groups = plan.pooled_keys(run, head // per_list, block)
+                    position = torch.arange(first, end, device=q.device)[:, None]
+                    late = groups.amax(1) > position
+                    pooled = queries @ keys[groups].mean(1).T + math.log(run.pool)
+                    logits.append(pooled.masked_fill(late, float("-inf")))
+                    shown.append(values[groups].mean(1))
+            scores = torch.cat(logits, 1)
             # A fully masked row is a softmax of -inf only: defined here as no output, not NaN.
-            probs = scores.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
-            out.append((probs @ values).to(q.dtype))
-            lse.append(scores.logsumexp(-1))
-    return torch.stack(out), torch.stack(lse)
+            blind = scores.isneginf().all(-1, keepdim=True)
+            probs = scores.softmax(-1).masked_fill(blind, 0.0)
+            out[head, rows] = (probs @ torch.cat(shown)).to(q.dtype)
+            lse[head, rows] = scores.logsumexp(-1)
+    return out, lse

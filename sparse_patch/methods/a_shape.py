@@ -10,6 +10,7 @@ defaults are MInference's n_init and n_local.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparse_patch_kernels import BlockPlan
 from torch import Tensor
@@ -21,6 +22,8 @@ from ..registry import Method, check_sequence, param, register
 @dataclass(frozen=True)
 class AShape(Method):
     """Sink tokens and a local window."""
+
+    source: ClassVar[str] = "arXiv:2309.17453, as in MInference"
 
     sink: int = param(128, "first tokens that every query keeps", least=0)
     window: int = param(3968, "latest tokens that a query keeps, itself included", least=1)

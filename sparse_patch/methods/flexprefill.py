@@ -15,19 +15,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
 from ..registry import Method, check_sequence, param, register
-from ..scoring import cover, pool_mean, pool_sum, probe_lines, to_query_grid, top_mask
+from ..scoring import pool_mean, pool_sum, probe_lines
+from ..selection import cover, to_query_grid, top_mask
 
 
 @register("flexprefill")
 @dataclass(frozen=True)
 class FlexPrefill(Method):
     """Vertical-slash or query-aware blocks, chosen per head by a probe of the last queries."""
+
+    source: ClassVar[str] = "arXiv:2502.20766"
 
     gamma: float = param(0.9, "share of the estimated attention mass to keep", above=0, upto=1)
     tau: float = param(

@@ -111,12 +111,27 @@ def test_the_machine_is_described():
 # --- commands ------------------------------------------------------------------------------------
 
 
-def test_methods_lists_every_parameter():
+def test_methods_lists_every_method_with_its_source_and_presets():
     out = run("methods").output
     for name in sparse_patch.list_methods():
         assert name in out
-        for parameter, *_ in sparse_patch.describe(name):
-            assert parameter in out
+    assert "2502.20766" in out
+    assert "paper" in out
+
+
+@pytest.mark.parametrize("name", sparse_patch.list_methods())
+def test_methods_shows_every_parameter_of_a_method(name):
+    out = run("methods", name).output
+    for one in sparse_patch.describe(name).parameters:
+        assert one.name in out
+    for preset in sparse_patch.describe(name).presets:
+        assert f"preset={preset}" in out
+
+
+def test_methods_names_what_it_does_not_know():
+    done = run("methods", "flexprefil")
+    assert done.exit_code == 2
+    assert "did you mean 'flexprefill'" in done.output
 
 
 def test_help_teaches():

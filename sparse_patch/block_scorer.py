@@ -1,0 +1,185 @@
+"""Base of the methods that score blocks: they say what each block is worth, this chooses.
+
+A subclass implements `block_scores`; every policy, the forced blocks and the plan are here. So any
+scorer goes with any policy:
+
+    topk             the `topk` best blocks of every row
+    top_p            best blocks of a row until they hold `gamma` of its estimated mass
+    threshold        blocks that hold at least `alpha` of what the row's best one holds
+                     (FlashPrefill, arXiv:2603.06199)
+    per_head_budget  one number of blocks per head for all its rows: as many as hold `gamma` of the
+                     last block's true attention (ProxyAttn, arXiv:2509.24745, algorithm 1)
+    global           the best `keep` of all causal blocks of a head, rows together
+                     (DraftAttention, arXiv:2505.14708)
+
+`rectify="lse"` gives the blocks left out back as one pooled key each: logit q . mean(k) * scale +
+log(block), value mean(v). Only blocks that lie wholly in a row's past are, so it stays causal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from sparse_patch_kernels import BlockPlan, RunList
+from torch import Tensor
+
+from . import selection
+from .registry import Method, check_sequence, param
+from .scoring import probe_mass
+from .selection import BlockGrid, to_query_grid
+
+# Which policy reads which parameter: set for another policy, it would do nothing.
+_READS: Mapping[str, set[str]] = {
+    "topk": {"topk"},
+    "top_p": {"gamma"},
+    "threshold": {"alpha"},
+    "per_head_budget": {"gamma"},
+    "global": {"keep"},
+}
+
+
+@dataclass(frozen=True)
+class BlockScorer(Method):
+    """Base of block scorers: parameters of the choice, and the plan from scores."""
+
+    forced_first: ClassVar[bool] = True
+    """Does the mass of forced blocks count towards `gamma`, before any other?"""
+
+    block_size: int = param(128, "tokens per block", choices=(16, 32, 64, 128, 256))
+    select: str = param("top_p", "how scores become blocks", choices=tuple(_READS))
+    gamma: float | tuple[float, ...] = param(
+        0.9, "top_p, per_head_budget: share of the mass to keep", above=0, upto=1, per_head=True
+    )
+    topk: int = param(16, "topk: blocks per row", least=1)
+    alpha: float = param(
+        0.1, "threshold: at least so much of the row's best block", above=0, upto=1
+    )
+    keep: float = param(0.25, "global: share of all causal blocks", above=0, upto=1)
+    min_budget: int = param(0, "at least so many tokens per row", least=0)
+    sink_blocks: int = param(1, "first blocks that every row keeps", least=0)
+    local_blocks: int = param(1, "latest blocks that a row keeps, its own included", least=1)
+    dense_rows: int = param(0, "so many last query rows see all, in whole blocks", least=0)
+    rectify: str = param(
+        "none", "lse: blocks left out come back as one pooled key each", choices=("none", "lse")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        for name in {"topk", "gamma", "alpha", "keep"} - _READS[self.select]:
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={getattr(self, name)!r} does nothing with "
+                    f"select={self.select!r}, which reads {', '.join(_READS[self.select])}"
+                )
+
+    @property
+    def block_k(self) -> int:
+        """Tokens per key block."""
+        return self.block_size
+
+    @abstractmethod
+    def block_scores(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> Tensor:
+        """Log of the estimated attention mass of each block pair, up to a constant per row.
+
+        Args:
+            q, k, scale, q_offset: as for `plan`.
+
+        Returns:
+            float32 `[lists, rows, blocks]`. `lists` divides the heads: one a head, a KV group, or
+            for all. A row per block of the position grid that holds a query. Values at blocks
+            after a row's own do not matter.
+        """
+
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
+        """Method.plan; None up to `min_budget` plus a block of keys, for gamma = 1 or keep = 1,
+        which ask for all, and for a later chunk shorter than a block."""
+        check_sequence(q, k, q_offset)
+        grid = BlockGrid(q.shape[1], k.shape[1], self.block_size, self.block_k, q.device)
+        if self._is_exact(grid):
+            return None
+        scores = self.block_scores(q, k, scale=scale, q_offset=q_offset)
+        order, count = self.choose(scores, grid, q, k, scale)
+        return self.make_plan(order, count, grid)
+
+    def _is_exact(self, grid: BlockGrid) -> bool:
+        wants_all = 1 in (
+            {"gamma": self.gamma, "keep": self.keep}.get(name) for name in _READS[self.select]
+        )
+        chunk = grid.q_offset > 0 and grid.q_len < self.block_size
+        return wants_all or chunk or grid.kv_len <= self.min_budget + self.block_size
+
+    def choose(
+        self, scores: Tensor, grid: BlockGrid, q: Tensor, k: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Ranked blocks `[lists, rows, blocks]`, and how many of them each `[heads, rows]` keeps.
+
+        The count may tell more heads apart than the ranking: those share a list.
+        """
+        causal = grid.causal()
+        forced = grid.forced(self.sink_blocks, self.local_blocks)
+        order = selection.rank(scores, causal, forced)
+        if self.select == "topk":
+            count = torch.full(scores.shape[:2], self.topk, device=q.device)
+        elif self.select == "top_p":
+            mass = selection.mass_of(scores, causal)
+            gamma = per_head(self.gamma, scores.shape[0], q.device)
+            count = selection.count_top_p(mass, forced, gamma, forced_first=self.forced_first)
+        elif self.select == "threshold":
+            count = selection.count_threshold(scores, causal, forced, self.alpha)
+        elif self.select == "global":
+            mass = selection.mass_of(scores, causal)
+            count = selection.count_global(mass, causal, forced, self.keep)
+        else:
+            count = self.head_budget(q, k, scale)[:, None].expand(-1, grid.rows)
+        count = count.clamp(min=-(-self.min_budget // self.block_k))
+        count = torch.maximum(count, forced.sum(-1))
+        count = count.masked_fill(grid.last_rows(self.dense_rows), grid.blocks)
+        return order, torch.minimum(count, causal.sum(-1))
+
+    def head_budget(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """int64 `[heads]`: blocks that hold `gamma` of the last `block_size` queries' attention."""
+        mass = probe_mass(q[:, -self.block_size :], k, scale, self.block_k)
+        return selection.reach(mass, per_head(self.gamma, q.shape[0], q.device).flatten())
+
+    def make_plan(self, order: Tensor, count: Tensor, grid: BlockGrid) -> BlockPlan:
+        """The plan of a ranking cut to `count`; lists stay shared where heads share them."""
+        aligned = grid.q_offset % grid.block_q == 0
+        if count.shape[0] > order.shape[0] and aligned and self.rectify == "none":
+            start = (order[..., : int(count.max())] * grid.block_k).to(torch.int32)
+            runs = RunList(start, count.to(torch.int32), grid.block_k)
+            return BlockPlan(grid.q_len, grid.kv_len, grid.block_q, (runs,))
+        mask = selection.mask_of(order, count)
+        mask = to_query_grid(mask, grid.q_len, grid.q_offset, grid.block_q)
+        plan = BlockPlan.from_block_mask(
+            mask, block_q=grid.block_q, block_k=grid.block_k, q_len=grid.q_len, kv_len=grid.kv_len
+        )
+        return plan if self.rectify == "none" else _rectified(plan, mask, grid)
+
+
+def _rectified(plan: BlockPlan, mask: Tensor, grid: BlockGrid) -> BlockPlan:
+    """The plan with every block left out, and wholly before its query block, as one pooled key."""
+    first_row = torch.arange(plan.n_q_blocks, device=grid.device) * grid.block_q + grid.q_offset
+    ends = torch.arange(1, grid.blocks + 1, device=grid.device) * grid.block_k
+    pruned = ~mask & (ends <= first_row[:, None])
+    pooled = RunList.from_mask(pruned, grid.block_k, pool=grid.block_k)
+    return dataclasses.replace(plan, runs=(*plan.runs, pooled))
+
+
+def per_head(value: float | tuple[float, ...], heads: int, device: torch.device) -> Tensor:
+    """float64 `[heads or 1, 1, 1]` of a parameter that may be one number or one per head.
+
+    Raises:
+        ValueError: a tuple that does not have one number per head.
+    """
+    numbers = value if isinstance(value, tuple) else (value,)
+    if len(numbers) not in (1, heads):
+        raise ValueError(
+            f"{len(numbers)} values given per head, but this layer chooses blocks for {heads}"
+        )
+    return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None, None]
