@@ -32,8 +32,9 @@ def pool_mean(x: Tensor, block: int, offset: int = 0) -> Tensor:
 def pool_sum(x: Tensor, block: int) -> Tensor:
     """Sum of each block of the last axis: `[..., n]` -> `[..., ceil(n / block)]`."""
     pad = -x.shape[-1] % block
-    padded = torch.nn.functional.pad(x, (0, pad))
-    return padded.reshape(*x.shape[:-1], -1, block).sum(-1)
+    if pad:  # a pad of nothing would copy
+        x = torch.nn.functional.pad(x, (0, pad))
+    return x.reshape(*x.shape[:-1], -1, block).sum(-1)
 
 
 def probe_lines(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,9 @@ def token_scores(
         k: `[kv_heads, kv_len, dim]`.
         block: tokens per block; `stride_k` divides it.
         stride_q, stride_k: keep every so many queries, keys.
-        reduce: "sum" of a block's probabilities, or the "max" of them.
+        reduce: what a block is worth: the "sum" of its probabilities; their "max"; or the "rms",
+            root mean square over the sampled queries of what each gives the block, which puts a
+            block that few queries need much above one that many need a little.
 
     Returns:
         float32 `[heads, rows, blocks]`: a row per block of the position grid that holds a query;
@@ -173,4 +176,7 @@ def _pool_rows(scores: Tensor, block_of: Tensor, width: int, reduce: str) -> Ten
         empty = scores.new_full(shape, float("-inf"))
         return empty.scatter_reduce_(1, index, best, "amax")
     mass = pool_sum(scores.softmax(-1), width)
-    return scores.new_zeros(shape).scatter_add_(1, index, mass).log()
+    empty = scores.new_zeros(shape)
+    if reduce == "rms":
+        return empty.scatter_add_(1, index, mass.square()).log() / 2
+    return empty.scatter_add_(1, index, mass).log()
