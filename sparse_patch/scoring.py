@@ -147,6 +147,40 @@ def token_scores(
     return result
 
 
+def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, *, block: int, stride: int) -> Tensor:
+    """Log of the attention mass of each block pair, from sums along antidiagonals (XAttention).
+
+    Tokens are cut into groups of `stride`, counted from position 0; where q or k has no row for a
+    group's token, that is zero. Query group a sees key groups c <= a, with the logit
+
+        scale / stride * sum_p q[a * stride + stride - 1 - p] . k[c * stride + p]
+
+    and a block is worth the probabilities of its (block / stride) x (block / stride) group pairs.
+
+    Args:
+        q: `[heads, q_len, dim]`, the last rows of the sequence.
+        k: `[kv_heads, kv_len, dim]`.
+        scale: factor that the model puts on its logits.
+        block: tokens per block.
+        stride: tokens per group; divides `block`.
+
+    Returns:
+        float32 `[heads, rows, blocks]`: a row per block of the position grid that holds a query;
+        -inf at blocks after it.
+    """
+    # A group is one token of stride * dim numbers, so groups are scored as tokens are.
+    queries = _groups(q, stride, (k.shape[1] - q.shape[1]) % stride).flatten(2)
+    keys = _groups(k, stride, 0).flip(2).flatten(2)
+    return token_scores(queries, keys, scale / stride, block=block // stride)
+
+
+def _groups(x: Tensor, stride: int, before: int) -> Tensor:
+    """`[heads, n, dim]` -> `[heads, groups, stride, dim]`, after `before` rows of zeros."""
+    after = -(before + x.shape[1]) % stride
+    padded = torch.nn.functional.pad(x, (0, 0, before, after))
+    return padded.reshape(x.shape[0], -1, stride, x.shape[2])
+
+
 def _sampled_rows(
     q_len: int, offset: int, block: int, stride: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
