@@ -7,8 +7,10 @@ SPARSE = {
     "a_shape": {"sink": 3, "window": 21, "block_size": 16},
     "dense": {"block_size": 16},
     "flexprefill": {"block_size": 16, "min_budget": 1, "gamma": 0.5},
+    "minference": {"vertical": 30, "slash": 50},
     "proxyattn": {"block_size": 16, "min_budget": 0, "gamma": 0.6, "stride_q": 4},
     "strided": {"block_size": 16, "gamma": 0.6, "stride": 4},
+    "xattention": {"block_size": 16, "gamma": 0.6, "stride": 4},
 }
 """Sparse from about 100 tokens on (`dense` keeps all, by its nature)."""
 
@@ -16,8 +18,10 @@ KEEP_ALL = {
     "a_shape": {"window": 10_000},
     "dense": {},
     "flexprefill": {"gamma": 1.0},
+    "minference": {"slash": 100_000},
     "proxyattn": {"gamma": 1.0},
     "strided": {"gamma": 1.0},
+    "xattention": {"gamma": 1.0},
 }
 """Parameters that ask for everything: the plan is None, or shows every causal key."""
 
