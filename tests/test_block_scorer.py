@@ -50,7 +50,7 @@ def plan_of(table, q_len=128, kv_len=128, heads=4, **params):
 
 
 def policy_by_loops(table, first_row, choose, sink=1, local=1):
-    """Blocks of each row that are kept: the first `choose(order, mass)` in order, forced ones first.
+    """Blocks kept of each row: the first `choose(order, mass)` in order, forced ones first.
 
     `order` ranks the row's causal blocks, `mass` is their share of the row by index.
     """
