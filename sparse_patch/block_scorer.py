@@ -97,8 +97,8 @@ class BlockScorer(Method):
         """
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
-        """Method.plan; None up to `min_budget` plus a block of keys, for gamma = 1 or keep = 1,
-        which ask for all, and for a later chunk shorter than a block."""
+        """Method.plan; None up to `min_budget` plus a block of keys, where all is asked for
+        (gamma = 1, keep = 1, `topk` of all blocks), and for a later chunk shorter than a block."""
         check_sequence(q, k, q_offset)
         grid = BlockGrid(q.shape[1], k.shape[1], self.block_size, self.block_k, q.device)
         if self._is_exact(grid):
@@ -108,9 +108,8 @@ class BlockScorer(Method):
         return self.make_plan(order, count, grid)
 
     def _is_exact(self, grid: BlockGrid) -> bool:
-        wants_all = 1 in (
-            {"gamma": self.gamma, "keep": self.keep}.get(name) for name in _READS[self.select]
-        )
+        share = {"gamma": self.gamma, "keep": self.keep, "topk": min(1, self.topk / grid.blocks)}
+        wants_all = 1 in (share.get(name) for name in _READS[self.select])
         chunk = grid.q_offset > 0 and grid.q_len < self.block_size
         return wants_all or chunk or grid.kv_len <= self.min_budget + self.block_size
 
@@ -167,6 +166,8 @@ def _rectified(plan: BlockPlan, mask: Tensor, grid: BlockGrid) -> BlockPlan:
     first_row = torch.arange(plan.n_q_blocks, device=grid.device) * grid.block_q + grid.q_offset
     ends = torch.arange(1, grid.blocks + 1, device=grid.device) * grid.block_k
     pruned = ~mask & (ends <= first_row[:, None])
+    if not bool(pruned.any()):
+        return plan
     pooled = RunList.from_mask(pruned, grid.block_k, pool=grid.block_k)
     return dataclasses.replace(plan, runs=(*plan.runs, pooled))
 
