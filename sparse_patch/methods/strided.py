@@ -25,9 +25,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..block_scorer import BlockScorer
+from ..block_scorer import POLICIES, BlockScorer
 from ..registry import param, register
 from ..scoring import token_scores
+from ..selection import BlockGrid, rank
 from .proxyattn import proxy_heads
 
 
@@ -39,12 +40,12 @@ class Strided(BlockScorer):
     source: ClassVar[str] = "this project"
 
     select: str = param(
-        "per_head_budget",
+        "held_out",
         "how scores become blocks",
-        choices=("topk", "top_p", "threshold", "per_head_budget", "global"),
+        choices=POLICIES,
     )
     local_blocks: int = param(2, "latest blocks that a row keeps, its own included", least=1)
-    stride: int = param(16, "score every so many queries", choices=(1, 2, 4, 8, 16, 32))
+    stride: int = param(16, "score every so many queries", choices=(1, 2, 4, 8, 16))
     weigh: str = param(
         "rms", "a block's worth over the sampled queries", choices=("rms", "sum", "max")
     )
@@ -55,8 +56,19 @@ class Strided(BlockScorer):
     )
 
     def block_scores(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> Tensor:
+        return self._scores_of_rows(q, k, scale, self.stride)
+
+    def _scores_of_rows(self, q: Tensor, k: Tensor, scale: float, stride: int) -> Tensor:
         if self.rank == "group":
             q = proxy_heads(q, k.shape[0])
         return token_scores(
-            q, k.to(q.dtype), scale, block=self.block_size, stride_q=self.stride, reduce=self.weigh
+            q, k.to(q.dtype), scale, block=self.block_size, stride_q=stride, reduce=self.weigh
         )
+
+    def ranking_to_test(
+        self, order: Tensor, grid: BlockGrid, q: Tensor, k: Tensor, scale: float
+    ) -> tuple[Tensor, int]:
+        """The ranking from every second sampled row, to be tested on the others."""
+        stride = 2 * self.stride
+        forced = grid.forced(self.sink_blocks, self.local_blocks)
+        return rank(self._scores_of_rows(q, k, scale, stride), grid.causal(), forced), stride

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_patch import get_method
+from sparse_patch.selection import BlockGrid, rank
 from tests.golden.gen_inputs import make_qkv
 
 BLOCK = 32
@@ -84,3 +85,32 @@ def test_a_later_chunk_scores_its_rows_as_the_whole_prompt_does():
     whole, chunk = scores_of(q, k), scores_of(q[:, 512:], k, offset=512)
     seen = torch.isfinite(whole[:, 16:])
     torch.testing.assert_close(chunk[seen], whole[:, 16:][seen])
+
+
+def test_a_budget_is_what_held_out_rows_need():
+    """The ranking of every second sampled row, tested on the rows between."""
+    q, k = structured(512)
+    plan = get_method("strided", block_size=BLOCK, gamma=0.8, stride=8).plan(
+        q, k, scale=0.125, q_offset=0
+    )
+    tested = get_method("strided", block_size=BLOCK, stride=16, select="topk", topk=16)
+    grid = BlockGrid(512, 512, BLOCK, BLOCK, q.device)
+    order = rank(
+        tested.block_scores(q, k, scale=0.125, q_offset=0), grid.causal(), grid.forced(1, 2)
+    )
+    mass = mass_of(q, k)
+    for head in range(4):
+        rows = torch.arange(8, 512, 16)
+        ranked = mass[head, rows].gather(1, order[head, rows // BLOCK])
+        loss = (1 - ranked.cumsum(1)).clamp(min=0).square().mean(0).sqrt()
+        want = int((loss > 0.2).sum()) + 1
+        assert int(plan.runs[0].count[head, -1]) == max(want, 3)
+
+
+def test_more_gamma_keeps_more():
+    q, k = structured(1024)
+    plans = [
+        get_method("strided", block_size=BLOCK, gamma=g).plan(q, k, scale=0.125, q_offset=0)
+        for g in (0.5, 0.7, 0.9)
+    ]
+    assert plans[0].density < plans[1].density < plans[2].density < 1
