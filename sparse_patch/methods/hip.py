@@ -96,33 +96,35 @@ class Hip(Method):
         heads, q_len, dim = q.shape
         group, q_offset, device = heads // k.shape[0], k.shape[1] - q_len, q.device
         keep = -(-self.mask_k // self.block_k)
+        chunks = keep * self.beam_factor
         n_leaves = self._leaf_counts(q_len, q_offset)
-        leaves = torch.arange(keep, device=device).repeat(heads, len(n_leaves), 1)
-        count = n_leaves.clamp(max=keep).to(device).repeat(heads, 1)
+        leaves = torch.arange(keep, device=device, dtype=torch.int32)
+        leaves = leaves.repeat(heads, len(n_leaves), 1)
+        count = n_leaves.clamp(max=keep).to(device, torch.int32).repeat(heads, 1)
         # A view: leaf i of KV head h is keys[h, i].
         keys = k[:, self.sink : self.sink + int(n_leaves.max()) * self.block_k]
         keys = keys.view(k.shape[0], -1, self.block_k, dim)[:, :, :: self.stride_k]
         rows = self._sampled_rows(q_len).to(device)
-        for rounds, width, blocks in self._searches(n_leaves, keep):
-            pairs = torch.cartesian_prod(torch.arange(heads), blocks)
-            # So many pairs at a time that their gathered keys fit a tile.
-            step = max(1, TILE_ELEMENTS // (2 * width * keys.shape[2] * dim))
-            for part in torch.split(pairs, step):
-                edges = self._edges(n_leaves[part[:, 1]], width).to(device)
-                head, block = part.to(device).unbind(1)
+        # So many pairs of a query block and a head at a time that their gathered keys fit a tile.
+        step = max(1, TILE_ELEMENTS // (2 * chunks * keys.shape[2] * dim))
+        for rounds, blocks in self._by_rounds(n_leaves, keep, chunks):
+            for part in torch.split(torch.cartesian_prod(blocks, torch.arange(heads)), step):
+                n = n_leaves[part[:, 0]]
+                width = chunks
+                if rounds == 1 and self.init == "floor":  # scores every leaf: two a chunk will do
+                    width = min(chunks, -(-int(n.max()) // 2))
+                edges = self._edges(n, width).to(device)
+                block, head = part.to(device).unbind(1)
                 row = rows[block]
                 score = _LeafScorer(
+                    self,
                     q[head[:, None], row].float() * scale,
                     row + q_offset - self.window if self.row_causal else None,
                     keys,
                     (head // group)[:, None],
-                    self.sink,
-                    self.block_k,
-                    self.stride_k,
                 )
                 leaves[head, block], count[head, block] = self._descend(score, edges, rounds, keep)
-        start = (self.sink + leaves * self.block_k).to(torch.int32)
-        return RunList(start, count.to(torch.int32), self.block_k)
+        return RunList(self.sink + leaves * self.block_k, count, self.block_k)
 
     def _leaf_counts(self, q_len: int, q_offset: int) -> Tensor:
         """int64 `[blocks]`: leaves between the sink and the window of the block's last row."""
@@ -136,24 +138,18 @@ class Hip(Method):
         A row may come twice, which changes no maximum.
         """
         first = torch.arange(0, q_len, self.block_q)[:, None]
-        row = torch.arange(self.stride_q - 1, self.block_q + self.stride_q - 1, self.stride_q)
-        return (first + row.clamp(max=self.block_q - 1)).clamp(max=q_len - 1)[
-            :, : -(-q_len // self.stride_q)
-        ]
+        n = -(-min(self.block_q, q_len) // self.stride_q)
+        row = torch.arange(1, n + 1) * self.stride_q - 1
+        return (first + row.clamp(max=self.block_q - 1)).clamp(max=q_len - 1)
 
-    def _searches(self, n_leaves: Tensor, keep: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Query blocks whose searches have one shape: (rounds, chunks, blocks)."""
-        chunks = keep * self.beam_factor
+    def _by_rounds(self, n_leaves: Tensor, keep: int, chunks: int) -> Iterator[tuple[int, Tensor]]:
+        """How many rounds of search blocks need, and which: for every number but none."""
         largest = self._edges(n_leaves, chunks).diff().amax(-1)
-        # At least one round, for the scores of a wide beam's leaves; none where all are kept.
+        # One at least: a beam wider than the leaves still has to choose among them.
         rounds = torch.tensor([max(1, (n - 1).bit_length()) for n in largest.tolist()])
         rounds = rounds.masked_fill(n_leaves <= keep, 0)
         for n in sorted(set(rounds.tolist()) - {0}):
-            blocks = (rounds == n).nonzero()[:, 0]
-            if n == 1 and self.init == "floor":  # scores every leaf: no more halves than leaves
-                yield n, min(chunks, -(-int(n_leaves[blocks].max()) // 2)), blocks
-            else:
-                yield n, chunks, blocks
+            yield n, (rounds == n).nonzero()[:, 0]
 
     def _edges(self, n_leaves: Tensor, chunks: int) -> Tensor:
         """int64 `[n, chunks + 1]`: bounds of the first chunks of `n_leaves [n]`, in leaves."""
@@ -170,7 +166,7 @@ class Hip(Method):
         """Search from the chunks between `edges [n, chunks + 1]` down to leaves.
 
         Returns:
-            int64 `[n, keep]`, the leaves, ascending, and `[n]`, how many of them hold.
+            int32 `[n, keep]`, the leaves, ascending, and `[n]`, how many of them hold.
         """
         start, size = edges[:, :-1], edges.diff()
         for last_round in [False] * (rounds - 1) + [True]:
@@ -186,29 +182,26 @@ class Hip(Method):
             start, size = start.gather(1, best), size.gather(1, best)
         # Aligned chunks may leave too few: what is empty goes to the end.
         order = (size == 0).to(torch.uint8).argsort(dim=-1, stable=True)
-        return start.gather(1, order), size.sum(-1)
+        return start.gather(1, order).int(), size.sum(-1, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
 class _LeafScorer:
-    """Scores the leaves of n (head, query block) pairs.
+    """Scores the leaves of n (query block, head) pairs.
 
     Attributes:
+        tree: says where leaves lie and which of their keys are sampled.
         queries: float32 `[n, rows, dim]`, scaled.
-        limit: int64 `[n, rows]`, ascending: the latest key that counts for a row; None: no limit.
-        keys: `[kv_heads, leaves, sampled keys, dim]`, a view.
+        limit: int64 `[n, rows]`, ascending: the latest key that counts for a row; None: all do.
+        keys: `[kv_heads, leaves, sampled keys, dim]`.
         kv_head: int64 `[n, 1]`.
-        first_key, block_k, stride_k: leaf i samples every `stride_k` of the `block_k` keys from
-            `first_key + i * block_k` on.
     """
 
+    tree: Hip
     queries: Tensor
     limit: Tensor | None
     keys: Tensor
     kv_head: Tensor
-    first_key: int
-    block_k: int
-    stride_k: int
 
     def __call__(self, leaf: Tensor) -> Tensor:
         """float32 `[n, m]`: max of q . k over rows and keys, for leaves `leaf [n, m]`.
@@ -217,13 +210,13 @@ class _LeafScorer:
         is taken for it.
         """
         leaf = leaf.clamp(max=self.keys.shape[1] - 1)
-        keys = self.keys[self.kv_head, leaf].float()
-        scores = dot(self.queries, keys)
+        scores = dot(self.queries, self.keys[self.kv_head, leaf].float())
         if self.limit is not None:
-            start = leaf * self.block_k + self.first_key
-            ends = start + self.block_k - 1
-            pair, column = (ends > self.limit[:, :1]).nonzero(as_tuple=True)  # few leaves reach it
-            sampled = torch.arange(0, self.block_k, self.stride_k, device=leaf.device)
+            start = self.tree.sink + leaf * self.tree.block_k
+            # Few leaves reach the limit of the first row: only those are masked.
+            near = start + self.tree.block_k > self.limit[:, :1]
+            pair, column = near.nonzero(as_tuple=True)
+            sampled = torch.arange(0, self.tree.block_k, self.tree.stride_k, device=leaf.device)
             key = start[pair, column, None, None] + sampled
             late = key > self.limit[pair][..., None]
             lowest = torch.finfo(scores.dtype).min

@@ -184,6 +184,14 @@ def test_work_grows_as_t_log_t(monkeypatch):
     assert work[65536] / work[4096] < 16 * 2.5  # quadratic work would grow by 256
 
 
+def test_a_beam_as_wide_as_the_sequence_scores_every_leaf_once(monkeypatch):
+    monkeypatch.setattr(hip, "TILE_ELEMENTS", 1)  # one block at a time: no padding to the longest
+    method = get_method("hip", beam_factor=100, **SMALL)
+    leaves = [max(0, end - 20) // 4 for end in range(16, 513, 16)]
+    searched = sum(n + n % 2 for n in leaves if n > 8)  # chunks are of two
+    assert keys_scored(monkeypatch, 512, method) == 4 * searched
+
+
 def test_a_few_keys_are_gathered_at_a_time(monkeypatch):
     method = get_method("hip", **SMALL)
     q, k = integers(4, 500, seed=1), integers(2, 500, seed=2)
