@@ -47,11 +47,17 @@ def attention_function(
     call = Call.read(module, query.shape[-1], scaling, dropout, kwargs)
     state: LayerState | None = getattr(module, STATE, None)
     if state is not None:
+        if query.shape[2] != 1:
+            state.steps.clear()
         reason = state.why_exact(module, query, key, value, attention_mask, call)
         if reason is None:
             return _row_by_row(query, key, value, attention_mask, call, state), None
         state.count_exact(reason, max(1, query.shape[0]))
     if attention_mask is not None and attention_mask.ndim == 2:
+        if query.shape[2] == 1 and call.window is None:  # hides the same keys, all rows at once
+            mask = attention_mask.as_subclass(Tensor)[:, None, None]
+            out = _exact(call)(query, key, value, mask)
+            return out.transpose(1, 2).contiguous(), None
         return _row_by_row(query, key, value, attention_mask, call, None), None
     out = _exact(call)(query, key, value, attention_mask)
     return out.transpose(1, 2).contiguous(), None
@@ -103,7 +109,7 @@ def _row_by_row(
             if state is not None:
                 state.count_exact("all padding")
         else:
-            out = _one_row(q_row, k[row][:, keys], v[row][:, keys], call, state)
+            out = _one_row(q_row, k[row][:, keys], v[row][:, keys], call, state, row)
         if queries is not None:
             whole = q.new_zeros(q.shape[2], q.shape[1], v.shape[3])
             if out is not None:
@@ -114,10 +120,12 @@ def _row_by_row(
     return rows[0][None].contiguous() if len(rows) == 1 else torch.stack(rows)
 
 
-def _one_row(q: Tensor, k: Tensor, v: Tensor, call: Call, state: LayerState | None) -> Tensor:
+def _one_row(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, state: LayerState | None, row: int
+) -> Tensor:
     """`[heads, q_len, v_dim]` of one unpadded sequence."""
     if state is not None:
-        out = state.attend(q, k, v, call.scale)
+        out = state.attend(q, k, v, call.scale, row)
         if isinstance(out, Tensor):
             return out
         state.count_exact(out)

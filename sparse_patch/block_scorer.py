@@ -9,6 +9,9 @@ scorer goes with any policy:
                      (FlashPrefill, arXiv:2603.06199)
     per_head_budget  one number of blocks per head for all its rows: as many as hold `gamma` of the
                      last block's true attention (ProxyAttn, arXiv:2509.24745, algorithm 1)
+    held_out         one number of blocks per head for all its rows: so many that rows on which the
+                     ranking was not made lose a root mean square of 1 - `gamma` of their attention
+                     (this project: results/where_it_hurts)
     global           the best `keep` of all causal blocks of a head, rows together
                      (DraftAttention, arXiv:2505.14708)
 
@@ -30,8 +33,11 @@ from torch import Tensor
 
 from . import selection
 from .registry import Method, check_sequence, param
-from .scoring import probe_mass
+from .scoring import probe_mass, ranking_loss
 from .selection import BlockGrid, to_query_grid
+
+# The sample of rows on which a ranking is tested.
+HELD_OUT_STRIDE = 16
 
 # Which policy reads which parameter: set for another policy, it would do nothing.
 _READS: Mapping[str, set[str]] = {
@@ -39,8 +45,10 @@ _READS: Mapping[str, set[str]] = {
     "top_p": {"gamma"},
     "threshold": {"alpha"},
     "per_head_budget": {"gamma"},
+    "held_out": {"gamma"},
     "global": {"keep"},
 }
+POLICIES = tuple(_READS)
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,9 @@ class BlockScorer(Method):
     """Does the mass of forced blocks count towards `gamma`, before any other?"""
 
     block_size: int = param(128, "tokens per block", choices=(16, 32, 64, 128, 256))
-    select: str = param("top_p", "how scores become blocks", choices=tuple(_READS))
+    select: str = param("top_p", "how scores become blocks", choices=POLICIES)
     gamma: float | tuple[float, ...] = param(
-        0.9, "top_p, per_head_budget: share of the mass to keep", above=0, upto=1, per_head=True
+        0.9, "top_p and budgets: share of the mass to keep", above=0, upto=1, per_head=True
     )
     topk: int = param(16, "topk: blocks per row", least=1)
     alpha: float = param(
@@ -97,8 +105,8 @@ class BlockScorer(Method):
         """
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
-        """Method.plan; None up to `min_budget` plus a block of keys, for gamma = 1 or keep = 1,
-        which ask for all, and for a later chunk shorter than a block."""
+        """Method.plan; None up to `min_budget` plus a block of keys, where all is asked for
+        (gamma = 1, keep = 1, `topk` of all blocks), and for a later chunk shorter than a block."""
         check_sequence(q, k, q_offset)
         grid = BlockGrid(q.shape[1], k.shape[1], self.block_size, self.block_k, q.device)
         if self._is_exact(grid):
@@ -108,9 +116,8 @@ class BlockScorer(Method):
         return self.make_plan(order, count, grid)
 
     def _is_exact(self, grid: BlockGrid) -> bool:
-        wants_all = 1 in (
-            {"gamma": self.gamma, "keep": self.keep}.get(name) for name in _READS[self.select]
-        )
+        share = {"gamma": self.gamma, "keep": self.keep, "topk": min(1, self.topk / grid.blocks)}
+        wants_all = 1 in (share.get(name) for name in _READS[self.select])
         chunk = grid.q_offset > 0 and grid.q_len < self.block_size
         return wants_all or chunk or grid.kv_len <= self.min_budget + self.block_size
 
@@ -135,6 +142,8 @@ class BlockScorer(Method):
         elif self.select == "global":
             mass = selection.mass_of(scores, causal)
             count = selection.count_global(mass, causal, forced, self.keep)
+        elif self.select == "held_out":
+            count = self._held_out_budget(order, grid, q, k, scale)[:, None].expand(-1, grid.rows)
         else:
             count = self.head_budget(q, k, scale)[:, None].expand(-1, grid.rows)
         count = count.clamp(min=-(-self.min_budget // self.block_k))
@@ -146,6 +155,24 @@ class BlockScorer(Method):
         """int64 `[heads]`: blocks that hold `gamma` of the last `block_size` queries' attention."""
         mass = probe_mass(q[:, -self.block_size :], k, scale, self.block_k)
         return selection.reach(mass, per_head(self.gamma, q.shape[0], q.device).flatten())
+
+    def _held_out_budget(
+        self, order: Tensor, grid: BlockGrid, q: Tensor, k: Tensor, scale: float
+    ) -> Tensor:
+        """int64 `[heads]`: blocks that leave the held-out rows a loss of 1 - `gamma`."""
+        order, stride = self.ranking_to_test(order, grid, q, k, scale)
+        loss = ranking_loss(
+            q, k, scale, order, block_q=grid.block_q, block_k=grid.block_k, stride=stride
+        )
+        allowed = 1 - per_head(self.gamma, q.shape[0], q.device).flatten()
+        return (loss > allowed[:, None]).sum(-1) + 1
+
+    def ranking_to_test(
+        self, order: Tensor, grid: BlockGrid, q: Tensor, k: Tensor, scale: float
+    ) -> tuple[Tensor, int]:
+        """For `held_out`: a ranking like `order` that was not made on the rows it is tested on,
+        which are every so many queries, half of that after the multiples."""
+        return order, HELD_OUT_STRIDE
 
     def make_plan(self, order: Tensor, count: Tensor, grid: BlockGrid) -> BlockPlan:
         """The plan of a ranking cut to `count`; lists stay shared where heads share them."""
@@ -167,6 +194,8 @@ def _rectified(plan: BlockPlan, mask: Tensor, grid: BlockGrid) -> BlockPlan:
     first_row = torch.arange(plan.n_q_blocks, device=grid.device) * grid.block_q + grid.q_offset
     ends = torch.arange(1, grid.blocks + 1, device=grid.device) * grid.block_k
     pruned = ~mask & (ends <= first_row[:, None])
+    if not bool(pruned.any()):
+        return plan
     pooled = RunList.from_mask(pruned, grid.block_k, pool=grid.block_k)
     return dataclasses.replace(plan, runs=(*plan.runs, pooled))
 

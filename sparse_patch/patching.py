@@ -409,7 +409,6 @@ def mask_function(
         and not use_vmap
         and not isinstance(q_offset, Tensor)
         and kv_offset == 0
-        and q_length > 1
         and kv_length == q_offset + q_length
         and (attention_mask is None or attention_mask.shape == (batch_size, kv_length))
     )

@@ -142,6 +142,29 @@ class Method(ABC):
             The plan, or None where exact attention is right (too short, say).
         """
 
+    @property
+    def sparse_decode(self) -> bool:
+        """Does `decode` choose keys for single new rows? Without it, those run exact."""
+        return False
+
+    def decode(
+        self, q: Tensor, k: Tensor, *, scale: float, memory: Any
+    ) -> tuple[BlockPlan | None, Any]:
+        """Choose the keys of one new row; called when `sparse_decode` holds.
+
+        Args:
+            q: `[heads, 1, dim]`, the last row.
+            k: `[kv_heads, kv_len, dim]`, the row's own key included.
+            scale: as for `plan`.
+            memory: what the call for the row before returned; None unless the sequence is that
+                one, grown by a single key.
+
+        Returns:
+            The plan, or None where exact attention is right, and the memory for the next row. A
+            memory must not hold on to k.
+        """
+        return self.plan(q, k, scale=scale, q_offset=k.shape[1] - 1), None
+
     def for_layer(self, layer: int) -> Method:
         """This method for one layer of a model; methods with tables per layer override it."""
         return self

@@ -17,10 +17,12 @@ class LayerReport:
     Attributes:
         layer: the layer's index in the model.
         calls: sparse and exact calls together.
-        sparse_calls: calls that ran the method's plan.
-        density: kept / causal, mean over sparse calls; None without any.
-        recall: attention mass kept, mean over the calls measured; None if none was.
+        sparse_calls: calls that ran the method's plan, decode steps among them.
+        density: kept / causal, mean over sparse prefill calls; None without any.
+        recall: attention mass kept, mean over the prefill calls measured; None if none was.
         exact: exact calls by reason.
+        decode_calls: sparse decode steps.
+        decode_density: kept / causal, mean over sparse decode steps; None without any.
     """
 
     layer: int
@@ -29,17 +31,21 @@ class LayerReport:
     density: float | None
     recall: float | None
     exact: dict[str, int]
+    decode_calls: int = 0
+    decode_density: float | None = None
 
     @classmethod
     def of(cls, state: LayerState) -> LayerReport:
         stats = state.stats
         return cls(
             layer=state.layer,
-            calls=stats.sparse + stats.exact.total(),
-            sparse_calls=stats.sparse,
+            calls=stats.sparse + stats.decode + stats.exact.total(),
+            sparse_calls=stats.sparse + stats.decode,
             density=stats.density / stats.sparse if stats.sparse else None,
             recall=stats.recall / stats.measured if stats.measured else None,
             exact=dict(stats.exact),
+            decode_calls=stats.decode,
+            decode_density=stats.decode_density / stats.decode if stats.decode else None,
         )
 
 
@@ -60,13 +66,22 @@ class Report:
 
     @property
     def density(self) -> float | None:
-        """Kept / causal over all sparse calls; None without any."""
+        """Kept / causal over all sparse prefill calls; None without any."""
         return self._mean("density")
 
     @property
     def recall(self) -> float | None:
-        """Attention mass kept, over all sparse calls; None if not measured."""
+        """Attention mass kept, over all sparse prefill calls; None if not measured."""
         return self._mean("recall")
+
+    @property
+    def decode_calls(self) -> int:
+        return sum(layer.decode_calls for layer in self.layers)
+
+    @property
+    def decode_density(self) -> float | None:
+        """Kept / causal over all sparse decode steps; None without any."""
+        return self._mean("decode_density")
 
     @property
     def exact(self) -> dict[str, int]:
@@ -77,8 +92,12 @@ class Report:
         return dict(total.most_common())
 
     def _mean(self, what: str) -> float | None:
+        decode = what == "decode_density"
         weighted = [
-            (getattr(layer, what), layer.sparse_calls)
+            (
+                getattr(layer, what),
+                layer.decode_calls if decode else layer.sparse_calls - layer.decode_calls,
+            )
             for layer in self.layers
             if getattr(layer, what) is not None
         ]
@@ -93,6 +112,8 @@ class Report:
             "density": self.density,
             "recall": self.recall,
             "exact": self.exact,
+            "decode_calls": self.decode_calls,
+            "decode_density": self.decode_density,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -110,6 +131,11 @@ class Report:
             lines.append(
                 f"{name:>5} {layer.calls:>6} {layer.sparse_calls:>6} "
                 f"{_share(layer.density):>7} {_share(layer.recall):>7}  {reasons}"
+            )
+        if self.decode_calls:
+            lines.append(
+                f"{self.decode_calls} of the sparse calls are decode steps, "
+                f"density {_share(self.decode_density)}"
             )
         return "\n".join(line.rstrip() for line in lines)
 

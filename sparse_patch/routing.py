@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sparse_patch_kernels import BackendUnavailable, block_sparse_attention, choose_backend
+from sparse_patch_kernels import (
+    BackendUnavailable,
+    BlockPlan,
+    block_sparse_attention,
+    choose_backend,
+)
 from torch import Tensor, nn
 
 from .diagnostics import recall
@@ -41,6 +46,11 @@ REASONS: dict[str, str | None] = {
 }
 
 
+# Newest keys that must be the same before a decode step counts as the next of the one before. One
+# would tell sequences apart, but for the first layer: its keys know their token and place only.
+_TAIL = 16
+
+
 class SparsePatchWarning(UserWarning):
     """A patched model ran exact attention where one may have expected sparse."""
 
@@ -69,23 +79,58 @@ class Options:
 
 @dataclass
 class LayerStats:
-    """Counts of one layer; a call is one sequence in one forward."""
+    """Counts of one layer; a call is one sequence in one forward. `sparse` is prefill only."""
 
     sparse: int = 0
     density: float = 0.0
+    decode: int = 0
+    decode_density: float = 0.0
     recall: float = 0.0
     measured: int = 0
     exact: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True)
+class DecodeStep:
+    """The last decode step of one batch row: the method's memory, and what it was a memory of."""
+
+    memory: Any
+    kv_len: int
+    tail: Tensor
+
+    @classmethod
+    def of(cls, k: Tensor, memory: Any) -> DecodeStep:
+        return cls(memory, k.shape[1], k[:, -_TAIL:].clone())
+
+    def leads_to(self, k: Tensor) -> bool:
+        """Is `k [kv_heads, kv_len, dim]` the same sequence with one key more?
+
+        It is not after beams were reordered, the cache was cropped, or another text came in.
+        """
+        before = k[:, :-1][:, -_TAIL:]
+        return (
+            k.shape[1] == self.kv_len + 1
+            and (before.dtype, before.device) == (self.tail.dtype, self.tail.device)
+            and torch.equal(before, self.tail)
+        )
+
+
 @dataclass
 class LayerState:
-    """What a patched attention module carries; method None keeps the layer dense."""
+    """What a patched attention module carries; method None keeps the layer dense.
+
+    `steps` is where decoding stands in each batch row; any other call of the layer empties it.
+    """
 
     layer: int
     method: Method | None
     options: Options
     stats: LayerStats = field(default_factory=LayerStats)
+    steps: dict[int, DecodeStep] = field(default_factory=dict)
+
+    @property
+    def sparse_decode(self) -> bool:
+        return getattr(self.method, "sparse_decode", False)
 
     def count_exact(self, reason: str, calls: int = 1) -> None:
         self.stats.exact[reason] += calls
@@ -101,7 +146,7 @@ class LayerState:
         needs_grad = any(x.requires_grad for x in (q, k, v)) and torch.is_grad_enabled()
         checks = {
             "empty batch": q.shape[0] == 0,
-            "decode": q.shape[2] == 1,
+            "decode": q.shape[2] == 1 and not self.sparse_decode,
             "layer kept dense": self.method is None,
             "training": module.training,
             "gradients": needs_grad,
@@ -113,15 +158,16 @@ class LayerState:
             "position bias": call.bias is not None,
             "dropout": call.dropout > 0,
             "short": k.shape[2] < self.options.min_length,
-            "few queries": q.shape[2] < min(self.options.min_queries, k.shape[2]),
+            "few queries": 1 < q.shape[2] < min(self.options.min_queries, k.shape[2]),
         }
         return next((reason for reason, holds in checks.items() if holds), None)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | str:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, row: int = 0) -> Tensor | str:
         """One unpadded causal sequence: the sparse output, or the reason to run exact.
 
         Args:
             q: `[heads, q_len, dim]`; k, v: `[kv_heads, kv_len, dim]`.
+            row: the sequence's place in the batch.
 
         Returns:
             `[heads, q_len, v_dim]`, or a key of REASONS.
@@ -129,7 +175,12 @@ class LayerState:
         options = self.options
         if k.shape[1] < options.min_length:  # without its padding, that is
             return "short"
-        if not bool(torch.isfinite(q.sum(dtype=torch.float32) + k.sum(dtype=torch.float32))):
+        decodes = q.shape[1] == 1 and self.sparse_decode
+        before = self.steps.pop(row, None) if decodes else None
+        if before is not None and not before.leads_to(k):
+            before = None
+        new = k if before is None else k[:, -1:]  # earlier steps have looked at the earlier keys
+        if not bool(torch.isfinite(q.sum(dtype=torch.float32) + new.sum(dtype=torch.float32))):
             return "non-finite"
         try:
             backend = choose_backend(options.backend, q.device)
@@ -138,17 +189,30 @@ class LayerState:
                 raise
             return "no backend"
         assert self.method is not None
-        plan = self.method.plan(q, k, scale=scale, q_offset=k.shape[1] - q.shape[1])
+        if decodes:
+            memory = None if before is None else before.memory
+            plan, memory = self.method.decode(q, k, scale=scale, memory=memory)
+            self.steps[row] = DecodeStep.of(k, memory)
+        else:
+            plan = self.method.plan(q, k, scale=scale, q_offset=k.shape[1] - q.shape[1])
         if plan is None:
             return "method"
         out = block_sparse_attention(q, k, v, plan, scale=scale, backend=backend)
+        if decodes:
+            self.stats.decode += 1
+            self.stats.decode_density += plan.density
+        else:
+            self._count_prefill(q, k, plan, scale)
+        return out
+
+    def _count_prefill(self, q: Tensor, k: Tensor, plan: BlockPlan, scale: float) -> None:
         self.stats.sparse += 1
         self.stats.density += plan.density
-        if options.measure_recall:
-            rows = None if options.measure_recall is True else int(options.measure_recall)
+        measure = self.options.measure_recall
+        if measure:
+            rows = None if measure is True else int(measure)
             self.stats.recall += float(recall(q, k, plan, scale=scale, rows=rows).mean())
             self.stats.measured += 1
-        return out
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ Shapes: q `[heads, q_len, dim]`, k `[kv_heads, kv_len, dim]`, block masks
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -44,8 +46,9 @@ def grouped_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def pool_sum(x: Tensor, block: int) -> Tensor:
     """Sum of each block of the last axis: `[..., n]` -> `[..., ceil(n / block)]`."""
     pad = -x.shape[-1] % block
-    padded = torch.nn.functional.pad(x, (0, pad))
-    return padded.reshape(*x.shape[:-1], -1, block).sum(-1)
+    if pad:  # a pad of nothing would copy
+        x = torch.nn.functional.pad(x, (0, pad))
+    return x.reshape(*x.shape[:-1], -1, block).sum(-1)
 
 
 def probe_lines(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -125,44 +128,128 @@ def token_scores(
         k: `[kv_heads, kv_len, dim]`.
         block: tokens per block; `stride_k` divides it.
         stride_q, stride_k: keep every so many queries, keys.
-        reduce: "sum" of a block's probabilities, or the "max" of them.
+        reduce: what a block is worth: the "sum" of its probabilities; their "max"; or the "rms",
+            root mean square over the sampled queries of what each gives the block, which puts a
+            block that few queries need much above one that many need a little.
 
     Returns:
         float32 `[heads, rows, blocks]`: a row per block of the position grid that holds a query;
         -inf where no sampled query sees a sampled key.
     """
-    heads, q_len, dim = q.shape
-    kv_heads, kv_len, _ = k.shape
-    offset = kv_len - q_len
-    rows, block_of = _sampled_rows(q_len, offset, block, stride_q, q.device)
-    keys = k[:, ::stride_k].float()
-    n_rows, n_blocks = int(block_of[-1]) + 1, -(-kv_len // block)
-    result = torch.full((heads, n_rows, n_blocks), float("-inf"), device=q.device)
-    per_block = -(-block // stride_q)
-    step = max(1, TILE_ELEMENTS // (heads * keys.shape[1] * per_block))
-    for first in range(0, n_rows, step):
-        mine = (block_of >= first) & (block_of < first + step)
-        row, of = rows[mine], block_of[mine] - first
-        end = min((offset // block + first + step) * block, kv_len)
-        n_keys = -(-end // stride_k)
-        queries = (q[:, row].float() * scale).reshape(kv_heads, -1, dim)
-        scores = (queries @ keys[:, :n_keys].mT).view(heads, len(row), n_keys)
-        position = (row + offset)[:, None]
-        near = int(position.min()) // stride_k  # earlier keys are visible to all of these rows
-        late = torch.arange(near, n_keys, device=q.device) * stride_k > position
-        scores[..., near:].masked_fill_(late, float("-inf"))
-        pooled = _pool_rows(scores, of, block // stride_k, reduce)
+    offset, kv_len = k.shape[1] - q.shape[1], k.shape[1]
+    shape = (-(-kv_len // block) - offset // block, -(-kv_len // block))
+    result = torch.full((q.shape[0], *shape), float("-inf"), device=q.device)
+    for first, block_of, logits in _tiles(q, k, scale, block, stride_q, stride_k):
+        pooled = _pool_rows(logits, block_of, block // stride_k, reduce)
         result[:, first : first + pooled.shape[1], : pooled.shape[2]] = pooled
     return result
 
 
+def ranking_loss(
+    q: Tensor, k: Tensor, scale: float, order: Tensor, *, block_q: int, block_k: int, stride: int
+) -> Tensor:
+    """What the rows of a sample lose when only the first n of their ranked blocks are kept.
+
+    The sample is every `stride`-th query, half a stride after the multiples of it: rows that a
+    ranking made from those multiples has not seen.
+
+    Args:
+        q: `[heads, q_len, dim]`, the last rows of the sequence.
+        k: `[kv_heads, kv_len, dim]`.
+        order: int64 `[lists, rows, blocks]`, as `selection.rank` makes it.
+        block_q, block_k: tokens per query block and per key block.
+        stride: take every so many queries.
+
+    Returns:
+        float32 `[heads, blocks]`: entry n - 1 is the root mean square, over the sampled rows, of
+        the attention mass outside of the row's first n ranked blocks.
+    """
+    heads, blocks = q.shape[0], order.shape[2]
+    order = order.repeat_interleave(heads // order.shape[0], 0)
+    squares = torch.zeros(heads, blocks, device=q.device)
+    n_rows = 0
+    for first, block_of, logits in _tiles(q, k, scale, block_q, stride, 1, shift=stride // 2):
+        mass = pool_sum(logits.softmax(-1), block_k)
+        # Blocks past the tile's last are past its rows too, and ranked after all that they see.
+        ranked = mass.gather(2, order[:, first + block_of, : mass.shape[2]])
+        lost = (1 - ranked.cumsum(-1)).clamp_(min=0)
+        squares[:, : mass.shape[2]] += lost.square_().sum(1)
+        n_rows += len(block_of)
+    return (squares / n_rows).sqrt_()
+
+
+def _tiles(
+    q: Tensor, k: Tensor, scale: float, block: int, stride_q: int, stride_k: int, shift: int = 0
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Causal logits of sampled queries against sampled keys, a few query blocks at a time.
+
+    Yields:
+        The tile's first query block, counted from the first one that holds a query; int64 `[rows]`,
+        the query block of each row, counted from that; float32 logits `[heads, rows, keys]`, of
+        keys 0, stride_k, ... up to the last that the tile sees.
+    """
+    heads, q_len, dim = q.shape
+    kv_heads, kv_len, _ = k.shape
+    offset = kv_len - q_len
+    rows, block_of = _sampled_rows(q_len, offset, block, stride_q, shift, q.device)
+    keys = k[:, ::stride_k].float()
+    per_block = -(-block // stride_q)
+    step = max(1, TILE_ELEMENTS // (heads * keys.shape[1] * per_block))
+    for first in range(0, int(block_of[-1]) + 1, step):
+        mine = (block_of >= first) & (block_of < first + step)
+        row = rows[mine]
+        end = min((offset // block + first + step) * block, kv_len)
+        n_keys = -(-end // stride_k)
+        queries = (q[:, row].float() * scale).reshape(kv_heads, -1, dim)
+        logits = (queries @ keys[:, :n_keys].mT).view(heads, len(row), n_keys)
+        position = (row + offset)[:, None]
+        near = int(position.min()) // stride_k  # earlier keys are visible to all of these rows
+        late = torch.arange(near, n_keys, device=q.device) * stride_k > position
+        logits[..., near:].masked_fill_(late, float("-inf"))
+        yield first, block_of[mine] - first, logits
+
+
+def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, *, block: int, stride: int) -> Tensor:
+    """Log of the attention mass of each block pair, from sums along antidiagonals (XAttention).
+
+    Tokens are cut into groups of `stride`, counted from position 0; where q or k has no row for a
+    group's token, that is zero. Query group a sees key groups c <= a, with the logit
+
+        scale / stride * sum_p q[a * stride + stride - 1 - p] . k[c * stride + p]
+
+    and a block is worth the probabilities of its (block / stride) x (block / stride) group pairs.
+
+    Args:
+        q: `[heads, q_len, dim]`, the last rows of the sequence.
+        k: `[kv_heads, kv_len, dim]`.
+        scale: factor that the model puts on its logits.
+        block: tokens per block.
+        stride: tokens per group; divides `block`.
+
+    Returns:
+        float32 `[heads, rows, blocks]`: a row per block of the position grid that holds a query;
+        -inf at blocks after it.
+    """
+    # A group is one token of stride * dim numbers, so groups are scored as tokens are.
+    queries = _groups(q, stride, (k.shape[1] - q.shape[1]) % stride).flatten(2)
+    keys = _groups(k, stride, 0).flip(2).flatten(2)
+    return token_scores(queries, keys, scale / stride, block=block // stride)
+
+
+def _groups(x: Tensor, stride: int, before: int) -> Tensor:
+    """`[heads, n, dim]` -> `[heads, groups, stride, dim]`, after `before` rows of zeros."""
+    after = -(before + x.shape[1]) % stride
+    padded = torch.nn.functional.pad(x, (0, 0, before, after))
+    return padded.reshape(x.shape[0], -1, stride, x.shape[2])
+
+
 def _sampled_rows(
-    q_len: int, offset: int, block: int, stride: int, device: torch.device
+    q_len: int, offset: int, block: int, stride: int, shift: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Rows whose position is a multiple of `stride`, and the block, from 0, that each lies in."""
+    """Rows at positions `shift`, `shift + stride`, ..., and the block, from 0, of each."""
     row = torch.arange(q_len, device=device)
     block_of = (row + offset) // block - offset // block
-    taken = (row + offset) % stride == 0
+    taken = (row + offset) % stride == shift
     some = torch.zeros(int(block_of[-1]) + 1, dtype=torch.bool, device=device)
     some[block_of[taken]] = True
     ends = torch.ones_like(taken)
@@ -185,4 +272,7 @@ def _pool_rows(scores: Tensor, block_of: Tensor, width: int, reduce: str) -> Ten
         empty = scores.new_full(shape, float("-inf"))
         return empty.scatter_reduce_(1, index, best, "amax")
     mass = pool_sum(scores.softmax(-1), width)
-    return scores.new_zeros(shape).scatter_add_(1, index, mass).log()
+    empty = scores.new_zeros(shape)
+    if reduce == "rms":
+        return empty.scatter_add_(1, index, mass.square()).log() / 2
+    return empty.scatter_add_(1, index, mass).log()

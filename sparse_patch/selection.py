@@ -131,9 +131,13 @@ def count_global(mass: Tensor, allowed: Tensor, forced: Tensor, keep: float) -> 
 
 
 def reach(mass: Tensor, share: float | Tensor) -> Tensor:
-    """int64 `[heads]`: size of the smallest top set of `mass [heads, n]` holding `share` of it."""
+    """int64 `[heads]`: size of the smallest top set of `mass [heads, n]` holding `share` of it.
+
+    `share` is a number, or `[heads]`.
+    """
     running = mass.sort(dim=-1, descending=True).values.double().cumsum(-1)
-    return (running < running[:, -1:] * share).sum(-1).clamp(max=mass.shape[-1] - 1) + 1
+    target = (running[:, -1] * share)[:, None]
+    return (running < target).sum(-1).clamp(max=mass.shape[-1] - 1) + 1
 
 
 def mask_of(order: Tensor, count: Tensor) -> Tensor:

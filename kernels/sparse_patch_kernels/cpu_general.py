@@ -7,7 +7,7 @@ window's edge. Query heads that share a list and a KV head run as one taller pro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,7 +38,9 @@ def attend_any(
                 unit_heads = range(unit * heads // units, (unit + 1) * heads // units)
                 for tile in _tiles(unit_heads, (rows.stop - rows.start) * len(keys)):
                     queries = q[tile, rows] * scale
-                    out[tile, rows], lse[tile, rows] = _attend(queries, keys, values, picked)
+                    out[tile, rows], lse[tile, rows] = attend_seen(
+                        queries, keys, values, picked.hide
+                    )
     return out, lse
 
 
@@ -49,10 +51,15 @@ def _tiles(heads: range, scores_per_head: int) -> Iterator[slice]:
         yield slice(first, min(first + step, heads.stop))
 
 
-def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, picked: _Picked
+def attend_seen(
+    queries: Tensor, keys: Tensor, values: Tensor, hide: Callable[[Tensor], object]
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of scaled `queries [heads, rows, dim]` over the picked keys.
+    """Softmax attention over gathered keys, with explicit products.
+
+    Args:
+        queries: `[heads, rows, dim]`, scaled.
+        keys, values: `[n, dim]` and `[n, v_dim]`.
+        hide: writes -inf into scores `[heads, rows, n]` where the row must not see the key.
 
     Returns:
         `[heads, rows, v_dim]` and log-sum-exp `[heads, rows]`; 0 and -inf where nothing is seen.
@@ -62,7 +69,7 @@ def _attend(
         lse = queries.new_full((heads, rows), float("-inf"))
         return queries.new_zeros(heads, rows, values.shape[1]), lse
     scores = (queries.reshape(-1, dim) @ keys.T).view(heads, rows, -1)
-    picked.hide(scores)
+    hide(scores)
     # The lowest finite number instead of -inf keeps -inf minus the maximum at -inf, not NaN.
     top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
     probs = scores.sub_(top).exp_()

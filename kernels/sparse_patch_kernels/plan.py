@@ -11,12 +11,14 @@ so row r of a call sits at position `kv_len - q_len + r`.
 
 A run list may also be pooled: its keys and values then enter as means of `pool` neighbours, one
 group as one key whose logit gains log(pool), so that a group weighs about what its keys would. A
-group is visible to a row when all of its keys are in the row's past.
+group is visible to a row when all of its keys are at or before the row. Groups lie on the grid of
+`pool` from key 0 (slot 0, with `key_order`), so each KV head is averaged once for all rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +36,8 @@ class RunList:
             Where `counts` exceeds `lists`, heads share a list and each takes a beginning of its
             own: such a list is ranked, best run first, instead of ascending.
         width: tokens in each run.
-        pool: neighbours averaged into one key and one value; divides `width`. 1: none.
+        pool: neighbours averaged into one key and one value; divides `width` and every start.
+            1: none.
     """
 
     start: Tensor
@@ -95,16 +98,20 @@ class RunList:
     def expand(self, heads: int) -> tuple[Tensor, Tensor]:
         """`start [heads, n_q_blocks, n]`, ascending, and `count [heads, n_q_blocks]` per head."""
         start = self.start.repeat_interleave(heads // self.start.shape[0], 0)
-        count = self.count.repeat_interleave(heads // self.count.shape[0], 0)
+        count = self.counts(heads)
         if self.ranked:
             padding = torch.arange(start.shape[2], device=start.device) >= count[..., None]
             start = start.masked_fill_(padding, torch.iinfo(torch.int32).max).sort(dim=-1).values
         return start, count
 
+    def counts(self, heads: int) -> Tensor:
+        """int32 `[heads, n_q_blocks]`: how many runs each head has."""
+        return self.count.repeat_interleave(heads // self.count.shape[0], 0)
+
     def valid(self, heads: int) -> Tensor:
         """bool `[heads, n_q_blocks, n]`: which entries of the expanded `start` hold."""
         slots = torch.arange(self.start.shape[2], device=self.count.device)
-        return slots < self.expand(heads)[1][..., None]
+        return slots < self.counts(heads)[..., None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +128,12 @@ class BlockPlan:
         key_order: int `[lists, kv_len]` or None. With it, runs list slots, and slot s holds key
             `key_order[s]`; causality, sink and window stay on the keys' own positions.
 
-    Pooled runs must not overlap other runs, `sink` or `window`: a key would count twice.
+    Pooled runs must not overlap other runs, `sink` or `window`: a key would count twice. (Under
+    `key_order` a run is no range of positions, and only runs are checked against one another.)
 
     Raises:
         ValueError: a field is out of range, lists do not fit together, or (on CPU, where looking
-            costs little) a run is out of order, overlaps its neighbour or lies out of sight.
+            costs little) a run is out of order, overlaps what it must not or lies out of sight.
     """
 
     q_len: int
@@ -230,7 +238,8 @@ class BlockPlan:
         return dataclasses.replace(blank, runs=(RunList.from_mask(mask, block_k),))
 
     def check(self) -> None:
-        """Look at every run: ascending, disjoint, begun before the block's last row.
+        """Look at every run: ascending, disjoint, begun before the block's last row; pooled runs
+        also on their grid and apart from all else.
 
         Raises:
             ValueError: naming what is wrong. Reads the lists, so on a GPU it waits for them.
@@ -251,6 +260,29 @@ class BlockPlan:
                 raise ValueError(
                     f"BlockPlan: runs of width {run.width} must be ascending and disjoint"
                 )
+            if bool((start % run.pool)[valid].any()):
+                raise ValueError(
+                    f"BlockPlan: a pooled run begins off the grid of its groups of {run.pool}"
+                )
+        self._check_overlap()
+
+    def _check_overlap(self) -> None:
+        """Raise a ValueError where a pooled run shares a key with another run, sink or window."""
+        pooled = [run for run in self.runs if run.pool > 1]
+        if not pooled:
+            return
+        tokens = [run for run in self.runs if run.pool == 1]
+        last, sink, window = self.last_rows(pooled[0].start.device), self.sink, self.window
+        if self.key_order is not None:
+            last, sink, window = torch.full_like(last, self.kv_len - 1), 0, 0
+        apart = self._covered(last, tokens, sink, window)
+        for run in pooled:
+            apart = apart + self._covered(last, [run], 0, 0)
+        if not torch.equal(apart, self._covered(last, self.runs, sink, window)):
+            raise ValueError(
+                "BlockPlan: a pooled run overlaps another run, sink or window; its keys would "
+                "count twice"
+            )
 
     def fit(self, q_len: int, kv_len: int) -> BlockPlan:
         """This plan for lengths that end inside its last blocks (a block mask is no finer).
@@ -280,7 +312,7 @@ class BlockPlan:
 
         A plan of one run list is counted in blocks of its width. Any other is counted in keys that
         at least one row of the query block sees, which is the same measure with blocks of width 1.
-        A pooled group counts as one key.
+        A pooled group that some row sees counts as one key.
         """
         return float(self.head_density().mean())
 
@@ -292,49 +324,70 @@ class BlockPlan:
         causal = int((last + 1).sum())
         if len(tokens) == 1 and not (self.sink or self.window or self.key_order is not None):
             (run,) = tokens
-            kept = run.expand(self.heads)[1].sum(-1) * run.width
+            kept = run.counts(self.heads).sum(-1) * run.width
             causal = int((last // run.width + 1).sum()) * run.width
         elif self.key_order is None:
-            kept = self._covered(last, tokens)
+            kept = self._covered(last, tokens, self.sink, self.window)
         elif not (self.sink or self.window):
-            kept = self._reordered(last, tokens)
+            kept = self._reordered(last, tokens, self.key_order)
         else:
             blocks = range(self.n_q_blocks)
             rows = [[self.block_mask(h, b).any(0).sum() for b in blocks] for h in range(self.heads)]
             kept = torch.tensor(rows, device=device).sum(-1)
-        kept = kept.double()
         for run in self.runs:
-            if run.pool > 1:  # a group is one key of the work
-                kept = kept + run.expand(self.heads)[1].sum(-1) * (run.width / run.pool)
-        return kept, causal
+            if run.pool > 1:
+                kept = kept + self._groups_seen(last, run)
+        return kept.double(), causal
 
-    def _reordered(self, last: Tensor, runs: list[RunList]) -> Tensor:
-        """int64 `[heads]`: keys of the runs, read through `key_order`, that some row sees."""
-        assert self.key_order is not None
-        order = self.key_order.repeat_interleave(self.heads // self.key_order.shape[0], 0).long()
+    def _groups_seen(self, last: Tensor, run: RunList) -> Tensor:
+        """int64 `[heads]`: groups of a pooled list that some row sees, summed over query blocks."""
+        if self.key_order is not None:
+            groups = RunList(run.start // run.pool, run.count, run.width // run.pool)
+            return self._reordered(last, [groups], self.group_ends(run.pool))
+        start = run.expand(self.heads)[0].long()
+        length = torch.minimum(start + run.width, last[:, None] + 1) - start
+        return (length // run.pool).masked_fill(~run.valid(self.heads), 0).sum((-1, -2))
+
+    def group_ends(self, pool: int) -> Tensor:
+        """int64 `[orders, kv_len // pool]`: the row from which on each pooled group is visible.
+
+        `orders` is 1, or that of `key_order`.
+        """
+        order = self.key_order
+        if order is None:
+            device = self.runs[0].start.device if self.runs else None
+            order = torch.arange(self.kv_len, device=device)[None]
+        whole = order[:, : self.kv_len // pool * pool].long()
+        return whole.reshape(order.shape[0], -1, pool).amax(-1)
+
+    def _reordered(self, last: Tensor, runs: list[RunList], order: Tensor) -> Tensor:
+        """int64 `[heads]`: slots of the runs that some row sees, summed over query blocks.
+
+        `order [orders, slots]` is the position from which on each slot is visible.
+        """
+        n_slots = order.shape[1]
+        order = order.repeat_interleave(self.heads // order.shape[0], 0)
         kept = []
         for head in range(self.heads):  # one at a time: the slots of all would take much room
             listed = torch.zeros(
-                len(last), self.kv_len + 1, dtype=torch.bool, device=last.device
+                len(last), n_slots + 1, dtype=torch.bool, device=last.device
             )  # one slot more, for what a run names past the end
             for run in runs:
                 block, slot = run.valid(self.heads)[head].nonzero(as_tuple=True)
                 start = run.expand(self.heads)[0][head, block, slot].long()
                 slots = start[:, None] + torch.arange(run.width, device=last.device)
-                listed[block[:, None], slots.clamp(max=self.kv_len)] = True
+                listed[block[:, None], slots.clamp(max=n_slots)] = True
             kept.append((listed[:, :-1] & (order[head] <= last[:, None])).sum())
         return torch.stack(kept)
 
-    def _covered(self, last: Tensor, runs: list[RunList]) -> Tensor:
+    def _covered(self, last: Tensor, runs: Iterable[RunList], sink: int, window: int) -> Tensor:
         """int64 `[heads]`: keys in the union of runs, sink and window, summed over query blocks."""
         heads, n_blocks = self.heads, self.n_q_blocks
         first = torch.arange(n_blocks, device=last.device) * self.block_q + self.q_offset
         begins = [torch.zeros_like(first)[None, :, None].expand(heads, -1, 1)]
-        ends = [last.clamp(max=self.sink - 1)[None, :, None].expand(heads, -1, 1) + 1]
-        if self.window:
-            begins.append(
-                (first - self.window + 1).clamp(min=0)[None, :, None].expand(heads, -1, 1)
-            )
+        ends = [last.clamp(max=sink - 1)[None, :, None].expand(heads, -1, 1) + 1]
+        if window:
+            begins.append((first - window + 1).clamp(min=0)[None, :, None].expand(heads, -1, 1))
             ends.append(last[None, :, None].expand(heads, -1, 1) + 1)
         for run in runs:
             start = run.expand(heads)[0].long()

@@ -37,7 +37,7 @@ class DHSA(BlockScorer):
     select: str = param(
         "topk",
         "how scores become blocks; they rank, but are no log of a mass",
-        choices=("topk", "per_head_budget"),
+        choices=("topk", "per_head_budget", "held_out"),
     )
     local_blocks: int = param(2, "latest blocks that a row keeps, its own included", least=1)
     dense_rows: int = param(64, "so many last query rows see all, in whole blocks", least=0)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..block_scorer import BlockScorer
+from ..block_scorer import POLICIES, BlockScorer
 from ..registry import param, register
 from ..scoring import grouped_scores, pool_mean
 
@@ -36,11 +36,7 @@ class FlashPrefill(BlockScorer):
         "qwen3": {"alpha": 0.12},
     }
 
-    select: str = param(
-        "threshold",
-        "how scores become blocks",
-        choices=("topk", "top_p", "threshold", "per_head_budget", "global"),
-    )
+    select: str = param("threshold", "how scores become blocks", choices=POLICIES)
     alpha: float = param(
         0.12, "threshold: at least so much of the row's best block", above=0, upto=1
     )

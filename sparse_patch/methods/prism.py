@@ -42,7 +42,7 @@ class Prism(BlockScorer):
     forced_first: ClassVar[bool] = False
 
     gamma: float | tuple[float, ...] = param(
-        0.95, "top_p, per_head_budget: share of the mass to keep", above=0, upto=1, per_head=True
+        0.95, "top_p and budgets: share of the mass to keep", above=0, upto=1, per_head=True
     )
     high: float = param(0.5, "share of the RoPE pairs in the fast band", above=0, upto=1)
     low: float = param(0.75, "share of the RoPE pairs in the slow band", above=0, upto=1)

@@ -24,7 +24,7 @@ import torch
 from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
-from ..block_scorer import BlockScorer
+from ..block_scorer import POLICIES, BlockScorer
 from ..registry import param, register
 from ..scoring import token_scores
 from ..selection import BlockGrid
@@ -43,7 +43,7 @@ class ProxyAttn(BlockScorer):
     select: str = param(
         "per_head_budget",
         "how scores become blocks",
-        choices=("topk", "top_p", "threshold", "per_head_budget", "global"),
+        choices=POLICIES,
     )
     gamma: float | tuple[float, ...] = param(
         0.95, "share of the last block's attention mass to keep", above=0, upto=1, per_head=True

@@ -46,7 +46,7 @@ class Sparge(BlockScorer):
         128, "tokens per query block; key blocks have half as many", choices=(32, 64, 128, 256)
     )
     gamma: float | tuple[float, ...] = param(
-        0.98, "top_p, per_head_budget: share of the mass to keep", above=0, upto=1, per_head=True
+        0.98, "top_p and budgets: share of the mass to keep", above=0, upto=1, per_head=True
     )
     similarity: float = param(
         0.6, "blocks less alike in themselves are always computed", least=-1, upto=1

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sparse_patch_kernels import (
     BackendUnavailable,
     BlockPlan,
+    RunList,
     block_sparse_attention,
     choose_backend,
 )
@@ -60,6 +61,55 @@ def variants(shape, lists=None):
         "two lists": change(base, runs=(*base.runs, *base.runs)),
         "order": change(base, key_order=order),
         "order+sink+window": change(base, key_order=order, sink=2, window=9),
+        **pooled_variants(base, block_k, order),
+        **ranked_variants(base, heads, block_k),
+    }
+
+
+def pooled_variants(base, block_k, order):
+    """One pooled list; three levels and a token list; either read through an order."""
+    n_k = -(-base.kv_len // block_k)
+    first_key = torch.arange(n_k) * block_k
+    level = torch.randint(0, 9, (base.heads, base.n_q_blocks, n_k))
+    level.masked_fill_(first_key > base.last_rows()[:, None], 8)
+    before = first_key + block_k <= base.last_rows()[:, None] + 1 - base.block_q
+    pools = [pool for pool in (2, 4, 8) if block_k % pool == 0]
+    levels = (RunList.from_mask(level == i, block_k, pool) for i, pool in enumerate(pools, 3))
+    (tokens,) = base.runs
+    sparse = RunList.from_mask((level == 3) & before, block_k, pools[-1])
+    rest = RunList.from_mask(~tokens_mask(tokens, n_k) & before, block_k, block_k)
+    change = dataclasses.replace
+    plans = {
+        "rectified": change(base, runs=(tokens, rest)),
+        "pooled alone": change(base, runs=(rest,)),
+        "pooled blocks of the past": change(base, runs=(sparse,)),
+        "pyramid": change(base, runs=(RunList.from_mask(level < 3, block_k), *levels)),
+    }
+    ordered = {f"{name}+order": change(plan, key_order=order) for name, plan in plans.items()}
+    return {**plans, **ordered}
+
+
+def tokens_mask(run, n_blocks):
+    """bool `[lists, n_q_blocks, n_blocks]`: which blocks of its own width a list names."""
+    mask = torch.zeros(run.heads, run.count.shape[1], n_blocks, dtype=torch.bool)
+    head, row, slot = run.valid(run.heads).nonzero(as_tuple=True)
+    mask[head, row, (run.expand(run.heads)[0][head, row, slot] // run.width).long()] = True
+    return mask
+
+
+def ranked_variants(base, heads, block_k):
+    """Lists in any order that heads share, each as far as it likes; unpooled and pooled."""
+    n_seen = base.last_rows() // block_k + 1
+    ranking = torch.full((1, base.n_q_blocks, int(n_seen[-1])), -1)  # padding that would be refused
+    for row, n in enumerate(n_seen.tolist()):
+        ranking[0, row, :n] = torch.randperm(n) if heads > 1 else torch.arange(n)
+    count = (torch.rand(heads, base.n_q_blocks) * (n_seen + 1)).int()
+    runs = RunList((ranking * block_k).int(), count, block_k)
+    pooled = dataclasses.replace(runs, pool=2)
+    return {
+        "ranked": dataclasses.replace(base, runs=(runs,)),
+        "ranked+sink+window": dataclasses.replace(base, runs=(runs,), sink=3, window=5),
+        "ranked, pooled": dataclasses.replace(base, runs=(pooled,)),
     }
 
 
@@ -123,7 +173,7 @@ def test_low_precision_accumulates_in_float32(dtype, tolerance, backend):
     blocks=st.sampled_from([(8, 8), (16, 32), (32, 4)]),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_shape_agrees(heads, q_len, offset, blocks, seed):
     shape = (*heads, q_len, q_len + offset, 8, 8, *blocks)
     q, k, v = inputs(shape, seed=seed)

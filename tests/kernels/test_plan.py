@@ -1,5 +1,7 @@
 """BlockPlan: what it shows, how it counts, what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,6 +137,123 @@ def test_group_lists_serve_their_heads():
     assert plan.to_dense_mask()[1, 15].sum() == 16
 
 
+def test_from_mask_lists_what_it_marks():
+    mask = torch.rand(3, 5, 9, generator=torch.Generator().manual_seed(2)) < 0.4
+    mask[0, 0], mask[1, 1] = False, True
+    made = RunList.from_mask(mask, 8, 4)
+    assert (made.width, made.pool, made.start.shape) == (8, 4, (3, 5, 9))
+    for head in range(3):
+        for row in range(5):
+            listed = made.start[head, row, : made.count[head, row]].tolist()
+            assert listed == [8 * j for j in range(9) if mask[head, row, j]]
+    assert RunList.from_mask(torch.zeros(1, 2, 3, dtype=torch.bool), 8).count.tolist() == [[0, 0]]
+
+
+def ranked():
+    """Two lists, best run first, for four heads that take 1, 3, 2 and 0 of their list."""
+    start = torch.tensor([[[24, 0, 16]], [[8, 16, 0]]]).int()
+    return RunList(start, torch.tensor([[1], [3], [2], [0]]).int(), 8)
+
+
+def test_a_ranked_list_expands_to_ascending_ones():
+    start, count = ranked().expand(4)
+    listed = [start[head, 0, : count[head, 0]].tolist() for head in range(4)]
+    assert ranked().ranked
+    assert listed == [[24], [0, 16, 24], [8, 16], []]
+    assert torch.equal(ranked().counts(8), count.repeat_interleave(2, 0))
+    wide = ranked().expand(8)
+    assert torch.equal(wide[0][2, 0, :3], torch.tensor([0, 16, 24]).int())
+    assert torch.equal(wide[1], ranked().counts(8))
+
+
+def test_a_ranked_list_shows_and_counts_the_beginning_of_each_head():
+    plan = BlockPlan(32, 32, 32, (ranked(),))
+    seen = plan.to_dense_mask()[:, -1].view(4, 4, 8)
+    assert torch.equal(seen.any(-1), seen.all(-1))
+    assert seen.any(-1).int().tolist() == [[0, 0, 0, 1], [1, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]]
+    assert plan.head_density().tolist() == [0.25, 0.75, 0.5, 0.0]
+
+
+def pooled_plan(order=None):
+    """One query block at positions 16..23 of 24: tokens 0..7, and 8..15 as groups of `pool`."""
+    tokens, far = runs([[[0]]], [[1]], 8), runs([[[8]]], [[1]], 8)
+    return lambda pool: BlockPlan(
+        8, 24, 8, (tokens, RunList(far.start, far.count, 8, pool)), key_order=order
+    )
+
+
+@pytest.mark.parametrize(("pool", "groups"), [(2, 4), (4, 2), (8, 1)])
+def test_a_pooled_group_counts_as_one_key(pool, groups):
+    # Blocks of 8: one of three is kept, and the groups come on top.
+    assert pooled_plan()(pool).density == pytest.approx((8 + groups) / 24)
+
+
+def test_pooled_groups_that_no_row_sees_do_not_count():
+    # Keys 0..19 in groups of 4, last row 13: groups 0..3 reach to 3, 7, 11, 15.
+    run = RunList(torch.tensor([[[0]]]).int(), torch.ones(1, 1).int(), 20, 4)
+    plan = BlockPlan(14, 14, 14, (run,))
+    assert plan.density == pytest.approx(3 / 14)
+    order = torch.tensor([0, 13, *range(1, 13)])[None]  # under it group 0 reaches to 13
+    assert dataclasses.replace(plan, key_order=order).density == pytest.approx(3 / 14)
+    early = BlockPlan(7, 14, 7, (run,), key_order=order)
+    assert early.density == pytest.approx(3 / 14)
+    run = RunList(torch.zeros(1, 2, 1).int(), torch.ones(1, 2).int(), 8, 4)
+    late = BlockPlan(14, 14, 7, (run,), key_order=order)  # rows 0..6: group 1, slots 4..7, no more
+    assert late.density == pytest.approx((1 + 2) / (7 + 14))
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+def test_pooled_keys_are_the_groups_and_visible_from_their_last_key_on(reordered):
+    order = torch.arange(23, -1, -1)[None] if reordered else None
+    plan = pooled_plan(order)(4)
+    groups = plan.pooled_keys(plan.runs[1], 0, 0)
+    assert groups.tolist() == (
+        [[15, 14, 13, 12], [11, 10, 9, 8]] if reordered else [[8, 9, 10, 11], [12, 13, 14, 15]]
+    )
+    ends = plan.group_ends(4)[0]
+    assert ends[2:4].tolist() == groups.amax(1).tolist()
+    assert len(ends) == 6
+
+
+def test_pooled_keys_leave_out_what_the_end_cuts():
+    run = RunList(torch.tensor([[[0, 8]]]).int(), torch.tensor([[2]]).int(), 8, 4)
+    plan = BlockPlan(14, 14, 14, (run,))
+    assert plan.pooled_keys(run, 0, 0)[:, 0].tolist() == [0, 4, 8]
+    assert plan.group_ends(4).tolist() == [[3, 7, 11]]
+
+
+def with_pooled(start, width, pool, **fields):
+    """64 positions, one query block of the last 16 rows, tokens 16..31, and one pooled run."""
+    pooled = RunList(torch.tensor([[[start]]]).int(), torch.ones(1, 1).int(), width, pool)
+    return BlockPlan(16, 64, 16, (runs([[[16]]], [[1]], 16), pooled), **fields)
+
+
+@pytest.mark.parametrize(
+    ("start", "width", "pool", "fields"),
+    [
+        (24, 16, 8, {}),
+        (0, 32, 4, {}),
+        (0, 8, 4, {"sink": 1}),
+        (32, 8, 4, {"window": 10}),  # row 48 sees 39
+        (24, 16, 8, {"key_order": torch.randperm(64)[None]}),
+    ],
+)
+def test_a_pooled_run_must_not_overlap_anything(start, width, pool, fields):
+    with pytest.raises(ValueError, match="count twice"):
+        with_pooled(start, width, pool, **fields)
+
+
+def test_a_pooled_run_may_touch_its_neighbours_and_two_token_lists_may_overlap():
+    with_pooled(32, 8, 4, sink=16, window=9)
+    plan = with_pooled(0, 16, 4)
+    dataclasses.replace(plan, runs=(plan.runs[0], *plan.runs))
+
+
+def test_pooled_runs_lie_on_the_grid_of_their_groups():
+    with pytest.raises(ValueError, match="groups of 4"):
+        with_pooled(2, 8, 4)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -145,6 +264,8 @@ def test_group_lists_serve_their_heads():
         (lambda: runs([[[0, 8]]], [[3]], 8), "larger than its list"),
         (lambda: runs([[[0], [0]]], [[1], [1]], 8), "query blocks"),
         (lambda: runs([[[0]]], [[1]], 0), "at least 1 token"),
+        (lambda: dataclasses.replace(runs([[[0]]], [[1]], 8), pool=3), "pool=3 must divide"),
+        (lambda: runs([[[0]], [[0]]], [[1], [1], [1]], 8), "2 lists and 3 counts"),
         (lambda: RunList(torch.zeros(1, 1, 1), torch.zeros(1, 1), 8), "int32"),
         (lambda: RunList(torch.zeros(1).int(), torch.zeros(1, 1).int(), 8), r"\[lists, n_q_blocks"),
     ],

@@ -134,4 +134,4 @@ def assert_lawful(plan, q, k, v):
     want = block_sparse_attention(q, k, v, plan, backend="reference", return_lse=True)
     got = block_sparse_attention(q, k, v, plan, backend="cpu", return_lse=True)
     for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, atol=5e-6, rtol=0)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)

@@ -83,7 +83,10 @@ def test_the_last_queries_see_everything():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"select": "top_p"}, "select='top_p' must be one of 'topk', 'per_head_budget'"),
+        (
+            {"select": "top_p"},
+            "select='top_p' must be one of 'topk', 'per_head_budget', 'held_out'",
+        ),
         ({"topk": 0}, "topk=0 must be a whole number >= 1"),
         ({"gamma": 0.5}, "gamma=0.5 does nothing with select='topk'"),
         ({"local_blocks": 0}, "local_blocks=0"),

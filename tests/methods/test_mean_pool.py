@@ -88,8 +88,10 @@ def test_forced_blocks_come_on_top_of_the_mass():
         {"select": "topk", "topk": 3},
         {"select": "threshold"},
         {"select": "per_head_budget"},
+        {"select": "held_out"},
         {"select": "global"},
         {"gamma": (0.2, 0.5, 0.7, 0.9), "dense_rows": 40},
+        {"rectify": "lse", "gamma": 0.5},
     ],
     ids=str,
 )

@@ -104,8 +104,9 @@ def test_key_blocks_are_half_a_query_block():
 
 @pytest.mark.parametrize("offset", [0, 128, 77])
 def test_rectification_pools_key_blocks_that_no_row_keeps(offset):
-    q, k, _ = checks.inputs("structured", 500, offset)
+    q, k, v = checks.inputs("structured", 500, offset)
     plan = plan_of(q, k, offset, similarity=-1.0, gamma=0.3, rectify="lse")
+    checks.assert_lawful(plan, q, k, v)
     tokens, pooled = plan.runs
     assert (pooled.width, pooled.pool) == (BLOCK_K, BLOCK_K)
     for head in range(checks.HEADS):

@@ -1,0 +1,265 @@
+"""InfiniteHiP: stages of ever finer chunks, each pruned by what a binary scan finds in a chunk.
+
+Between sink and window, keys are cut into chunks. For every block of queries a stage scans all its
+chunks: it halves a chunk, goes on in the half whose middle key scores more, down to a single key;
+
+    score of a key   = max over the block's rows, averaged by `stride_q`, of q . k
+    score of a chunk = that of the best key on its path, over all heads (`lists="shared"`)
+
+The best chunks, `keep` tokens of them, are cut up for the next stage. A row attends what the last
+stage keeps, the first `sink` keys and its last `window` keys, token-exact. The first stage costs
+O(T^2 / chunk), the others O(T). In decoding every stage runs at an interval of its own, and
+between its runs the later ones work on what it left.
+
+Source: InfiniteHiP (arXiv:2502.08910), its pruning only: no position extension, no offloading.
+`variant="released"` equals what the authors' code v1.2 computed: there, chunks that lie in the
+window already compete too, and a scan may read keys after the query block when the window is
+shorter than two of the first chunks. By default neither happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from sparse_patch_kernels import BlockPlan, RunList
+from torch import Tensor
+
+from ..registry import Method, check_sequence, param, register
+from ..scoring import TILE_ELEMENTS, pool_mean
+
+# Fills up lists of chunk starts: after every position, so that lists stay ascending.
+_NONE = torch.iinfo(torch.int32).max
+
+
+@register("infinite_hip")
+@dataclass(frozen=True)
+class InfiniteHip(Method):
+    """Chunks pruned in stages from coarse to fine, a sink and a window; in decoding too."""
+
+    source: ClassVar[str] = "arXiv:2502.08910"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "3k": {},  # the defaults
+        "3k-fast": {"refresh": (32, 16, 8)},
+        "3k-flash": {"refresh": (96, 24, 8)},
+        "5k": {"chunks": (64, 32, 16), "keep": (32768, 16384, 4096)},
+    }
+
+    chunks: tuple[int, ...] = param((256, 32, 8), "tokens per chunk, of each stage")
+    keep: tuple[int, ...] = param((32768, 8192, 2048), "tokens kept by each stage")
+    stride_q: tuple[int, ...] = param((4, 4, 1), "query rows averaged into one, of each stage")
+    refresh: tuple[int, ...] = param(
+        (16, 8, 4), "decode steps from run to run of each stage; all 0: decode is exact"
+    )
+    early_layers: int = param(3, "so many first layers end with `early_keep` tokens", least=0)
+    early_keep: int = param(4096, "tokens kept by the last stage in early layers", least=1)
+    block_q: int = param(64, "query rows that share a list", least=1)
+    sink: int = param(256, "first tokens that every query keeps", least=0)
+    window: int = param(
+        1024, "latest tokens that a query keeps; no less than a chunk of the first stage", least=1
+    )
+    lists: str = param("shared", "one list for all heads, or one each", choices=("shared", "each"))
+    variant: str = param(
+        "corrected", "the authors' code, or its repair", choices=("released", "corrected")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {"chunks": 1, "keep": 1, "stride_q": 1, "refresh": 0}.items():
+            value = getattr(self, name)
+            if not all(type(n) is int and n >= least for n in value):
+                raise ValueError(f"InfiniteHip: {name}={value} must be whole numbers >= {least}")
+            if len(value) != len(self.chunks):
+                raise ValueError(
+                    f"InfiniteHip: {name}={value} must have one number for each of the "
+                    f"{len(self.chunks)} stages in chunks={self.chunks}"
+                )
+        if any(a % b for a, b in zip(self.chunks, self.chunks[1:], strict=False)):
+            raise ValueError(f"InfiniteHip: chunks={self.chunks}: each must divide the one before")
+        if any(self.block_q % stride for stride in self.stride_q):
+            raise ValueError(
+                f"InfiniteHip: stride_q={self.stride_q} must divide block_q={self.block_q}"
+            )
+        if any(self.refresh) and not all(self.refresh):
+            raise ValueError(f"InfiniteHip: refresh={self.refresh} must be all 0 or all above 0")
+
+    def for_layer(self, layer: int) -> InfiniteHip:
+        if layer >= self.early_layers:
+            return self
+        return dataclasses.replace(self, keep=(*self.keep[:-1], self.early_keep))
+
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
+        """See Method.plan; None up to `sink + window` keys and the least that a stage keeps."""
+        check_sequence(q, k, q_offset)
+        if self._keeps_all(k.shape[1]):
+            return None
+        n_blocks = -(-q.shape[1] // self.block_q)
+        step = self._blocks_at_once(q, k.shape[1])
+        width = -(-self.keep[-1] // self.chunks[-1])
+        parts = []
+        for first in range(0, n_blocks, step):
+            rows = q[:, first * self.block_q : (first + step) * self.block_q]
+            offset = q_offset + first * self.block_q
+            starts = self._run_stages(rows, k, scale, offset)[-1]
+            parts.append(F.pad(starts, (0, width - starts.shape[-1]), value=_NONE))
+        return self._plan_of(torch.cat(parts, 1), q.shape[1], k.shape[1], self._window)
+
+    @property
+    def sparse_decode(self) -> bool:
+        return any(self.refresh)
+
+    def decode(
+        self, q: Tensor, k: Tensor, *, scale: float, memory: Any
+    ) -> tuple[BlockPlan | None, Any]:
+        """See Method.decode; stages run when their time has come, and all that follow them."""
+        kv_len = k.shape[1]
+        if self._keeps_all(kv_len):
+            return None, None
+        lists: tuple[Tensor, ...] = ()
+        step, built = 0, kv_len
+        if memory is not None:
+            step, built, lists = memory.step + 1, memory.built, memory.lists
+        due = [stage for stage, every in enumerate(self.refresh) if step % every == 0]
+        if due:
+            lists = self._run_stages(q, k, scale, kv_len - 1, lists[: due[0]])
+            built = kv_len if due[0] == 0 else built
+        # What leaves the window after the first stage has run is in no list: it stays in view.
+        plan = self._plan_of(lists[-1], 1, kv_len, self._window + kv_len - built)
+        return plan, _Memory(step, built, lists)
+
+    @property
+    def _window(self) -> int:
+        return max(self.window, self.chunks[0])
+
+    def _keeps_all(self, kv_len: int) -> bool:
+        # In the released variant keys in the window may take the place of others.
+        spare = 0 if self.variant == "released" else min(self.keep)
+        return kv_len <= self.sink + self._window + spare
+
+    def _blocks_at_once(self, q: Tensor, kv_len: int) -> int:
+        """Query blocks whose scans gather no more keys than fit a tile."""
+        most = -(-kv_len // self.chunks[0])
+        for kept, chunk in zip(self.keep, self.chunks[1:], strict=False):
+            most = max(most, -(-kept // chunk))
+        return max(1, TILE_ELEMENTS // (q.shape[0] * most * 2 * q.shape[2]))
+
+    def _plan_of(self, starts: Tensor, q_len: int, kv_len: int, window: int) -> BlockPlan:
+        count = (starts < kv_len).sum(-1, dtype=torch.int32)
+        runs = RunList(starts.to(torch.int32), count, self.chunks[-1])
+        return BlockPlan(q_len, kv_len, self.block_q, (runs,), self.sink, window)
+
+    def _run_stages(
+        self, q: Tensor, k: Tensor, scale: float, q_offset: int, done: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        """What each stage passes on: int64 `[lists, blocks, n]`, starts of chunks, ascending.
+
+        Args:
+            q: `[heads, rows, dim]`, the rows of some query blocks; row 0 is position `q_offset`.
+            done: what the first stages have passed on before; only the others run.
+        """
+        first = torch.arange(q_offset, q_offset + q.shape[1], self.block_q)
+        last = (first + self.block_q).clamp(max=q_offset + q.shape[1]) - 1
+        limit, end = last - self._window, last + 1
+        stop = int(limit[-1]) + 1
+        if self.variant == "released":
+            limit = (first - max(0, self.window - self.chunks[0])).clamp(min=0)
+            end = torch.full_like(end, k.shape[1])
+            stop = min(int(limit[-1]) + 1, k.shape[1] - self.window)
+        grid = torch.arange(self.sink, max(stop, self.sink), self.chunks[0])
+        starts = done[-1] if done else grid.to(q.device).expand(1, len(first), -1)
+        lists = list(done)
+        q = q.float() * scale
+        for stage in range(len(done), len(self.chunks)):
+            queries = _group_rows(q, self.block_q, self.stride_q[stage])
+            scan = _Scan(queries, k, limit.to(q.device)[:, None], end.to(q.device)[:, None])
+            scores = scan(starts, self.chunks[stage])
+            if self.lists == "shared":
+                scores = scores.amax(0, keepdim=True)
+            starts = self._prune(stage, starts, scores)
+            lists.append(starts)
+        return tuple(lists)
+
+    def _prune(self, stage: int, starts: Tensor, scores: Tensor) -> Tensor:
+        """The best chunks of `starts [1 or lists, blocks, n]`, cut for the next stage."""
+        chunk = self.chunks[stage]
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        best = order[..., : -(-self.keep[stage] // chunk)].sort(dim=-1).values
+        kept = starts.expand_as(scores).gather(-1, best)
+        kept = kept.masked_fill(scores.gather(-1, best).isneginf(), _NONE)
+        smaller = self.chunks[min(stage + 1, len(self.chunks) - 1)]
+        parts = torch.arange(0, chunk, smaller, device=kept.device)
+        return (kept[..., None] + parts).flatten(-2).clamp(max=_NONE)
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """What decoding keeps from step to step.
+
+    Attributes:
+        step: steps since the first stage ran first.
+        built: keys when the first stage ran last.
+        lists: what each stage passed on, see `_run_stages`.
+    """
+
+    step: int
+    built: int
+    lists: tuple[Tensor, ...]
+
+
+def _group_rows(q: Tensor, block: int, stride: int) -> Tensor:
+    """`[heads, rows, dim]` -> `[heads, blocks, groups, dim]`: means of `stride` rows.
+
+    The last group may be smaller, and comes again where the last block has fewer groups.
+    """
+    n = q.shape[1]
+    means = pool_mean(q, stride)
+    first = torch.arange(0, n, block, device=q.device)[:, None] // stride
+    group = torch.arange(-(-min(block, n) // stride), device=q.device)
+    return means[:, (first + group).clamp(max=means.shape[1] - 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Scan:
+    """Binary scans of chunks for some query blocks.
+
+    Attributes:
+        queries: float32 `[heads, blocks, groups, dim]`, scaled.
+        k: `[kv_heads, kv_len, dim]`.
+        limit: int64 `[blocks, 1]`: an interval that begins after it is not looked at.
+        end: int64 `[blocks, 1]`: chunks are cut off here.
+    """
+
+    queries: Tensor
+    k: Tensor
+    limit: Tensor
+    end: Tensor
+
+    def __call__(self, starts: Tensor, chunk: int) -> Tensor:
+        """float32 `[heads, blocks, n]`: best score on the path through each chunk.
+
+        -inf where a chunk of `starts [1 or heads, blocks, n]` begins after the limit.
+        """
+        left = starts.expand(self.queries.shape[0], -1, -1)
+        right = torch.minimum(left + chunk, self.end)
+        best = torch.full(left.shape, float("-inf"), device=left.device)
+        for _ in range(chunk.bit_length()):  # floor(log2(chunk)) + 1
+            active = (left < right) & (left <= self.limit)
+            middle = (left + right) // 2
+            keys = torch.stack([(left + middle) // 2, (middle + right) // 2], -1)
+            scores = self._scores(keys)
+            best = torch.where(active, torch.maximum(best, scores.amax(-1)), best)
+            goes_left = scores[..., 0] > scores[..., 1]
+            right = torch.where(active & goes_left, middle, right)
+            left = torch.where(active & ~goes_left, middle, left)
+        return best
+
+    def _scores(self, keys: Tensor) -> Tensor:
+        """float32, q . k of the best group of rows, for positions `keys [heads, blocks, n, 2]`."""
+        heads = len(keys)
+        kv_head = torch.arange(heads, device=keys.device) * len(self.k) // heads
+        picked = self.k[kv_head[:, None, None], keys.flatten(2).clamp(max=self.k.shape[1] - 1)]
+        return (self.queries @ picked.float().mT).amax(2).view(keys.shape)

@@ -1,0 +1,43 @@
+"""Tables with one entry per layer, read from a JSON file when a method is built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_layers(owner: str, path: str) -> list[Any]:
+    """The list that a JSON file holds.
+
+    Args:
+        owner: who asks, for the errors: `Method: parameter`.
+
+    Raises:
+        ValueError: naming the file, what is wrong with it and what it should be.
+    """
+    try:
+        layers = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{owner}: cannot read {path!r} ({error.strerror}); give the path of a JSON file"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{owner}: {path!r} is not JSON: {error}") from error
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"{owner}: {path!r} must hold a JSON list with one entry per layer")
+    return layers
+
+
+def entry_of(layers: list[Any], layer: int, owner: str, path: str) -> Any:
+    """The entry of one layer.
+
+    Raises:
+        ValueError: the table has no such layer.
+    """
+    if not 0 <= layer < len(layers):
+        raise ValueError(
+            f"{owner}: {path!r} has layers 0 to {len(layers) - 1}, but the model has a layer "
+            f"{layer}; give a table made for this model, or keep that layer exact (dense_layers=)"
+        )
+    return layers[layer]

@@ -1,0 +1,78 @@
+"""Every method on every family: exact when it keeps everything, blind to padding when it does not.
+
+The batch has two rows; the first is short by 13 left pads.
+"""
+
+import functools
+
+import pytest
+import torch
+
+import sparse_patch
+from tests.methods.examples import KEEP_ALL, SPARSE
+from tests.test_matrix import SPARSE_LAYERS
+from tests.zoo import FAMILIES, tiny_model
+
+LENGTH, PADS = 150, 13
+
+
+@functools.cache  # a patch leaves no trace: tests/test_matrix.py holds that for every family
+def model_of(family):
+    return tiny_model(family)
+
+
+@functools.cache
+def eager(family):
+    return logits(model_of(family), **batch())
+
+
+def batch():
+    ids = torch.randint(6, 128, (2, LENGTH), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    ids[0, :PADS], mask[0, :PADS] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+@torch.no_grad()
+def logits(model, **inputs):
+    return model(**inputs).logits
+
+
+def patch(model, name, params):
+    options = {"min_length": 0, "min_queries": 0, "dense_layers": 0}
+    return sparse_patch.patch(model, name, **options, **params)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(params=sparse_patch.list_methods())
+def name(request):
+    return request.param
+
+
+def test_keeping_everything_equals_eager(family, name):
+    with patch(model_of(family), name, KEEP_ALL[name]):
+        got = logits(model_of(family), **batch())
+    real = batch()["attention_mask"].bool()
+    assert (got - eager(family))[real].abs().max() <= 1e-5
+
+
+def test_a_padded_row_chooses_as_the_row_alone(family, name):
+    inputs = batch()
+    model = model_of(family)
+    with patch(model, name, SPARSE[name]) as handle:
+        padded = logits(model, **inputs)[0, PADS:]
+        report = handle.report()
+        alone = logits(model, input_ids=inputs["input_ids"][:1, PADS:])[0]
+    assert bool(torch.isfinite(padded).all())
+    assert (padded - alone).abs().max() <= 1e-5
+    sparse = [layer for layer in report.layers if layer.sparse_calls]
+    assert len(sparse) == SPARSE_LAYERS.get(family, 4)
+    if sparse and name != "dense":
+        assert report.density < 1
+        different = (padded - eager(family)[0, PADS:]).abs().max()
+        assert different > 1e-5  # something was dropped, and it shows
