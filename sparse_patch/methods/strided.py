@@ -1,21 +1,22 @@
 """Strided: real attention rows of a sample of queries rank the blocks, head by head.
 
-Every `stride`-th query is scored against every key, exactly; per query block, what its sampled
-queries give a key block makes the block's worth,
+Every `stride`-th query is scored against every key, exactly, and a block pair is worth what the
+sampled rows of its query block give its keys:
 
-    A[m, n] = sqrt( mean over sampled rows i of m of ( sum over j in n of softmax(q_i k^T)_j )^2 )
+    A[m, n] = sum over sampled rows i of m, keys j of n of softmax(q_i k^T / sqrt(d))_j
 
-(`weigh="rms"`; "sum" takes the plain mean). A head keeps as many of its best blocks as hold `gamma`
-of the true attention of the last query block; the first block, a row's own and the one before are
-always kept.
+A head keeps as many of its best blocks as rows outside of the sample turn out to need: the ranking
+is made again from every second sampled row, tested on the rows between, and the budget is the
+smallest at which those lose a root mean square of 1 - `gamma` of their attention. The first block,
+a row's own and the one before are always kept.
 
-Why the root of squares: what a row loses by a dropped block is a matter of how much of that row's
-mass the block had. Mass that is spread thin over many rows costs nearly nothing, the same mass in
-one row is an answer lost, so the blocks that few rows need badly come first
-(results/where_it_hurts; DESIGN of the ranking by this project, no paper).
+Why not by the last query block, as ProxyAttn does: a few heads look up single keys, other ones in
+every row. A budget read off the rows that were ranked says they need little; the rows between lose
+the one key they came for, and the next-token loss hears that more than anything else that is
+dropped (scripts/where_it_hurts.py, results/where_it_hurts).
 
-The work is kv_len^2 / stride dot products per head, with `rank="group"` per KV group, whose query
-heads are averaged.
+The work is about kv_len^2 / stride dot products per head, half of it for the budget; with
+`rank="group"` the ranking is made per KV group, from the mean of its query heads.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Strided(BlockScorer):
     local_blocks: int = param(2, "latest blocks that a row keeps, its own included", least=1)
     stride: int = param(16, "score every so many queries", choices=(1, 2, 4, 8, 16))
     weigh: str = param(
-        "rms", "a block's worth over the sampled queries", choices=("rms", "sum", "max")
+        "sum", "a block's worth over the sampled queries", choices=("sum", "rms", "max")
     )
     rank: str = param(
         "head",
