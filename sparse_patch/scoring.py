@@ -31,6 +31,18 @@ def pool_mean(x: Tensor, block: int, offset: int = 0) -> Tensor:
     return sums / block_of.bincount(minlength=blocks)[:, None]
 
 
+def grouped_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Products of each query head with its KV head: float32 `[heads, m, n]`, times `scale`.
+
+    Args:
+        q: `[heads, m, dim]`.
+        k: `[kv_heads, n, dim]`; query head h reads KV head `h // (heads // kv_heads)`.
+    """
+    kv_heads, n, dim = k.shape
+    grouped = (q.float() * scale).reshape(kv_heads, -1, dim)
+    return (grouped @ k.float().mT).view(q.shape[0], -1, n)
+
+
 def pool_sum(x: Tensor, block: int) -> Tensor:
     """Sum of each block of the last axis: `[..., n]` -> `[..., ceil(n / block)]`."""
     pad = -x.shape[-1] % block

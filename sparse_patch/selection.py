@@ -150,6 +150,12 @@ def mask_of(order: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(kept).scatter_(-1, order, kept)
 
 
+def ranking_of(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A ranking and counts of it whose `mask_of` is `mask [heads, rows, blocks]`."""
+    order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return order, mask.sum(-1)
+
+
 def cover(mass: Tensor, share: float) -> Tensor:
     """int64 `[heads]`: size of the smallest top set whose mass is strictly above `share`."""
     running = mass.sort(dim=-1, descending=True).values.cumsum(-1)
