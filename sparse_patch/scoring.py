@@ -144,6 +144,65 @@ def token_scores(
     return result
 
 
+def antidiagonal_scores(
+    q: Tensor, k: Tensor, scale: float, *, block: int, stride: int, causal: bool = True
+) -> Tensor:
+    """Log of the attention mass of each block pair, from sums along antidiagonals (XAttention).
+
+    Positions are cut into groups of `stride`. The logit of query group a and key group c is the
+    sum of `q[a * stride + stride - 1 - p] . k[c * stride + p]` over p, times scale / stride;
+    positions without a row count as zeros. A block pair has the softmax probabilities, over the
+    key groups c <= a, of all its group pairs. Works through a few query blocks at a time.
+
+    Args:
+        q: `[heads, q_len, dim]`, the last rows of the sequence.
+        k: `[kv_heads, kv_len, dim]`.
+        block: tokens per block.
+        stride: tokens per group; divides `block`.
+        causal: False: over all key groups.
+
+    Returns:
+        float32 `[heads, rows, blocks]`: a row per block of the position grid that holds a query.
+        A group without any query has no mass. -inf where a block pair has none.
+    """
+    heads, q_len, dim = q.shape
+    kv_heads, kv_len, _ = k.shape
+    offset, per_block = kv_len - q_len, block // stride
+    first, end = offset // stride, -(-kv_len // stride)  # groups that hold a query
+    # A key group is one vector of stride * dim numbers; so is one of queries, in reverse order.
+    keys = torch.nn.functional.pad(k.float(), (0, 0, 0, end * stride - kv_len))
+    keys = keys.reshape(kv_heads, end, -1)
+    first_row, n_blocks = offset // block, -(-kv_len // block)
+    result = torch.full((heads, n_blocks - first_row, n_blocks), float("-inf"), device=q.device)
+    step = max(1, TILE_ELEMENTS // (heads * end * per_block))
+    for row in range(first_row, n_blocks, step):
+        group = slice(max(first, row * per_block), min(end, (row + step) * per_block))
+        queries = _flipped_groups(q, group, stride, offset) * (scale / stride)
+        queries = queries.reshape(kv_heads, -1, stride * dim)
+        seen = group.stop if causal else end
+        logits = (queries @ keys[:, :seen].mT).view(heads, -1, seen)
+        if causal:
+            late = torch.ones(logits.shape[1], logits.shape[1], dtype=torch.bool, device=q.device)
+            logits[..., group.start :].masked_fill_(late.triu(1), float("-inf"))
+        mass = pool_sum(logits.softmax(-1), per_block)
+        before = group.start - row * per_block  # groups of the first block without a query
+        mass = pool_sum(torch.nn.functional.pad(mass.mT, (before, 0)), per_block).mT.log()
+        at = row - first_row
+        result[:, at : at + mass.shape[1], : mass.shape[2]] = mass
+    return result
+
+
+def _flipped_groups(q: Tensor, group: slice, stride: int, offset: int) -> Tensor:
+    """Groups of query positions as vectors, the last position first; row 0 of `q` is `offset`.
+
+    Float32 `[heads, groups, stride * dim]`, zeros at positions that have no row.
+    """
+    start, stop = group.start * stride - offset, group.stop * stride - offset
+    rows = q[:, max(0, start) : stop].float()
+    padded = torch.nn.functional.pad(rows, (0, 0, max(0, -start), max(0, stop - q.shape[1])))
+    return padded.reshape(len(q), -1, stride, q.shape[2]).flip(2).flatten(2)
+
+
 def _sampled_rows(
     q_len: int, offset: int, block: int, stride: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
