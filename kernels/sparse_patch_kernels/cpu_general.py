@@ -85,8 +85,11 @@ class _KeyPicker:
     def __init__(self, plan: BlockPlan, head: int) -> None:
         self.plan, self.head = plan, head
         run = plan.runs[0] if len(plan.runs) == 1 else None
-        # One list and nothing else, the common case: its runs are the keys, already in order.
-        self.run = None if plan.sink or plan.window or plan.key_order is not None else run
+        # One list and nothing else, the common case: its runs are the keys, or slots of keys.
+        self.run = None if plan.sink or plan.window else run
+        self.order: Tensor | None = None
+        if plan.key_order is not None:
+            self.order = plan.key_order[head * len(plan.key_order) // plan.heads].long()
         if self.run is not None:
             start, count = self.run.expand(plan.heads)
             self.start, self.count = start[head].long(), count[head].tolist()
@@ -97,6 +100,8 @@ class _KeyPicker:
         if self.run is not None:
             runs = self.start[block, : self.count[block]]
             keys = (runs[:, None] + self.offsets).flatten()
+            if self.order is not None:
+                keys = self.order[keys[keys < self.plan.kv_len]].sort().values
             return _Picked(keys[: int(torch.searchsorted(keys, end))], first, end)
         sink, window = self.plan.sink, self.plan.window
         listed = self.plan.listed_keys(self.head, block)[:end]
