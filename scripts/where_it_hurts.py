@@ -5,11 +5,11 @@
 
 `strided` keeps the same number of blocks in every row of every head. On tuning prompts this
 records, for each head and row, the attention mass that was dropped and the largest single key in
-it, beside the KL divergence from dense at that position. Heads are then ranked by how much larger their
-largest dropped key is at the 5 % of positions where KL is worst than elsewhere. On prompts not used
-for that, KL is measured again with the first heads of that ranking kept exact, as many heads at
-random, and as many of those that lose most mass. Last, at one density, the policies that set
-budgets are compared on the same held-out prompts.
+it, beside the KL divergence from dense at that position. Heads are then ranked by how much larger
+their largest dropped key is at the 5 % of positions where KL is worst than elsewhere. On prompts
+not used for that, KL is measured again with the first heads of that ranking kept exact, as many
+heads at random, and as many of those that lose most mass. Last, at one density, the policies that
+set budgets are compared on the same held-out prompts.
 
 Writes `result.json` and `table.md` into the output folder.
 """

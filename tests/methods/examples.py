@@ -36,6 +36,7 @@ SPARSE = {
     "strided": {"block_size": 16, "gamma": 0.6, "stride": 4},
     "tri_shape": {"sink": 3, "window": 21, "dense_rows": 5, "block_size": 16},
     "xattention": {"block_size": 16, "gamma": 0.6, "stride": 4},
+    "psa": {"block_size": 16, "thresholds": (0.3, 0.4, 0.5, 0.6), "similarity": -1, "stride_q": 4},
 }
 """Sparse from about 100 tokens on (`dense` keeps all, by its nature)."""
 
@@ -57,6 +58,7 @@ KEEP_ALL = {
     "strided": {"gamma": 1.0},
     "tri_shape": {"window": 10_000},
     "xattention": {"gamma": 1.0},
+    "psa": {"thresholds": (1.0, 1.0, 1.0, 1.0)},
 }
 """Parameters that ask for everything: the plan is None, or shows every causal key."""
 
