@@ -42,6 +42,14 @@ class MoBA(Method):
     )
     block_size: int = param(128, "gate=block: query rows that share a list, tokens", least=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate == "token" and self.block_size != type(self).block_size:
+            raise ValueError(
+                f"MoBA: block_size={self.block_size} does nothing with gate='token', whose query "
+                "blocks are single rows"
+            )
+
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
         """Method.plan; None up to `topk` chunks of keys, all of which every query would keep."""
         check_sequence(q, k, q_offset)

@@ -16,7 +16,9 @@ CHUNK, TOPK, BLOCK = 48, 3, 32
 
 
 def plan_of(q, k, offset=0, **params):
-    params = {"chunk_size": CHUNK, "topk": TOPK, "block_size": BLOCK, **params}
+    params = {"chunk_size": CHUNK, "topk": TOPK, **params}
+    if params.get("gate") != "token":
+        params["block_size"] = BLOCK
     return get_method("moba", **params).plan(q, k, scale=checks.SCALE, q_offset=offset)
 
 
@@ -114,6 +116,7 @@ def test_exact_where_every_chunk_would_be_kept():
         ({"topk": 0}, "topk=0 must be a whole number >= 1"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"block_size": 0}, "block_size=0"),
+        ({"block_size": 64, "gate": "token"}, "block_size=64 does nothing with gate='token'"),
     ],
 )
 def test_bad_parameters_are_named(params, message):
