@@ -17,6 +17,8 @@ scorer goes with any policy:
 
 `rectify="lse"` gives the blocks left out back as one pooled key each: logit q . mean(k) * scale +
 log(block), value mean(v). Only blocks that lie wholly in a row's past are, so it stays causal.
+Where the keys of a block have little in common, as in a model's first layers, it may add more error
+than it takes away.
 """
 
 from __future__ import annotations
