@@ -40,14 +40,14 @@ from ..selection import mass_of, to_query_grid
 def _mean_pool(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
     """Mean query against mean key."""
     pooled_k = scoring.pool_mean(k, pbs.block_size)
-    return _products(pbs.pool_queries(q, k.shape[1]) * scale, pooled_k)
+    return scoring.grouped_scores(pbs.pool_queries(q, k.shape[1]), pooled_k, scale)
 
 
 def _max_pool(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
     """Mean query against the largest value of each channel among the keys."""
     padded = F.pad(k.float(), (0, 0, 0, -k.shape[1] % pbs.block_size), value=float("-inf"))
     pooled_k = padded.reshape(len(k), -1, pbs.block_size, k.shape[2]).amax(2)
-    return _products(pbs.pool_queries(q, k.shape[1]) * scale, pooled_k)
+    return scoring.grouped_scores(pbs.pool_queries(q, k.shape[1]), pooled_k, scale)
 
 
 def _antidiagonal(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
@@ -56,12 +56,6 @@ def _antidiagonal(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
     Its softmax runs over the query block's own segment too: rows that look there weigh less.
     """
     return scoring.antidiagonal_scores(q, k, scale, block=pbs.block_size, stride=pbs.stride)
-
-
-def _products(pooled_q: Tensor, pooled_k: Tensor) -> Tensor:
-    """`[heads, rows, dim]`, `[lists, blocks, dim]` -> dot products `[heads, rows, blocks]`."""
-    grouped = pooled_q.reshape(len(pooled_k), -1, pooled_q.shape[2])
-    return (grouped @ pooled_k.mT).view(*pooled_q.shape[:2], -1)
 
 
 # Each takes q `[heads, q_len, dim]`, sorted keys `[lists, kv_len, dim]` and the scale, and returns

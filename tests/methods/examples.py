@@ -29,14 +29,15 @@ SPARSE = {
     "mean_pool": {"block_size": 16, "gamma": 0.6},
     "minference": {"vertical": 30, "slash": 50},
     "moba": {"block_size": 16, "chunk_size": 16, "topk": 3},
+    "pbs": {"block_size": 16, "segment": 32, "tau": 0.5},
     "power": {"block_size": 16, "local_blocks": 2},
     "prism": {"block_size": 16, "gamma": 0.5},
     "proxyattn": {"block_size": 16, "min_budget": 0, "gamma": 0.6, "stride_q": 4},
+    "psa": {"block_size": 16, "thresholds": (0.3, 0.4, 0.5, 0.6), "similarity": -1, "stride_q": 4},
     "sparge": {"block_size": 32, "similarity": -1.0, "gamma": 0.5},
     "strided": {"block_size": 16, "gamma": 0.6, "stride": 4},
     "tri_shape": {"sink": 3, "window": 21, "dense_rows": 5, "block_size": 16},
     "xattention": {"block_size": 16, "gamma": 0.6, "stride": 4},
-    "psa": {"block_size": 16, "thresholds": (0.3, 0.4, 0.5, 0.6), "similarity": -1, "stride_q": 4},
 }
 """Sparse from about 100 tokens on (`dense` keeps all, by its nature)."""
 
@@ -51,14 +52,15 @@ KEEP_ALL = {
     "mean_pool": {"gamma": 1.0},
     "minference": {"slash": 100_000},
     "moba": {"topk": 10_000},
+    "pbs": {"tau": 1.0},
     "power": {"local_blocks": 10_000},
     "prism": {"gamma": 1.0},
     "proxyattn": {"gamma": 1.0},
+    "psa": {"thresholds": (1.0, 1.0, 1.0, 1.0)},
     "sparge": {"gamma": 1.0},
     "strided": {"gamma": 1.0},
     "tri_shape": {"window": 10_000},
     "xattention": {"gamma": 1.0},
-    "psa": {"thresholds": (1.0, 1.0, 1.0, 1.0)},
 }
 """Parameters that ask for everything: the plan is None, or shows every causal key."""
 

@@ -9,7 +9,6 @@ import torch
 from sparse_patch_kernels import block_sparse_attention
 
 from sparse_patch import get_method
-from sparse_patch.scoring import antidiagonal_scores
 from tests.golden.gen_inputs_pbs import load_inputs, make_qkv
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -168,23 +167,6 @@ def test_corrected_equals_a_plain_restatement(selector, share, n, offset, segmen
     params |= {"share": share, "selector": selector, "force_first": tau != 0.5}
     plan = plan_of(q[:, offset:], k, offset=offset, **params)
     assert torch.equal(plan.to_dense_mask(), plain_mask(q[:, offset:], k, offset, **params))
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    ("n", "offset", "block", "stride"),
-    [(256, 0, 64, 8), (250, 0, 64, 16), (250, 131, 64, 8), (203, 70, 32, 4), (128, 127, 16, 16)],
-)
-def test_antidiagonal_scores_equal_plain_sums(monkeypatch, n, offset, block, stride, causal):
-    q, k, _ = generated(n, 4, 2, dim=16)
-    args = {"block": block, "stride": stride, "causal": causal}
-    got = antidiagonal_scores(q[:, offset:], k, 0.25, **args)
-    for h in range(4):
-        want = plain_antidiagonal(q[h, offset:], k[h // 2], 0.25, offset, block, stride, causal)
-        torch.testing.assert_close(got[h].exp(), want, atol=2e-6, rtol=1e-4)
-    monkeypatch.setattr("sparse_patch.scoring.TILE_ELEMENTS", 1)
-    tiled = antidiagonal_scores(q[:, offset:], k, 0.25, **args)
-    torch.testing.assert_close(tiled.exp(), got.exp(), atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("share", ["head", "group"])
