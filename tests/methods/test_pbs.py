@@ -92,7 +92,7 @@ def plan_of(q, k, offset=0, **params):
     return get_method("pbs", **params).plan(q, k, scale=q.shape[2] ** -0.5, q_offset=offset)
 
 
-def plain_antidiagonal(q, k, scale, offset, block, stride, causal=True):
+def plain_antidiagonal(q, k, scale, offset, block, stride):
     """Mass `[rows, blocks]` of one head, group by group."""
     n = -(-len(k) // stride) * stride
     queries, keys = torch.zeros(n, q.shape[1]), torch.zeros(n, q.shape[1])
@@ -100,7 +100,7 @@ def plain_antidiagonal(q, k, scale, offset, block, stride, causal=True):
     first = offset // stride
     mass = torch.zeros(-(-len(k) // block) - offset // block, -(-len(k) // block))
     for a in range(first, n // stride):
-        seen = a + 1 if causal else n // stride
+        seen = a + 1
         backwards = queries[a * stride : (a + 1) * stride].flip(0)
         groups = keys[: seen * stride].view(seen, stride, -1)
         probs = ((groups * backwards).sum((1, 2)) * scale / stride).softmax(0)
