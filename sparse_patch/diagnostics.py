@@ -19,6 +19,7 @@ def recall(
 
     Per row it is exp(log-sum-exp of visible logits - log-sum-exp of all causal ones). Works through
     one query block of one head at a time: memory is `[block_q, kv_len]`, time that of dense.
+    Keys that enter only as part of a pooled group do not count as kept.
 
     Args:
         q: `[heads, q_len, dim]`.

@@ -14,6 +14,8 @@ from sparse_patch_kernels import (
     choose_backend,
 )
 
+from tests.memory import largest_tensor
+
 SHAPES = [
     # heads, kv_heads, q_len, kv_len, dim, v_dim, block_q, block_k
     (4, 2, 130, 130, 16, 16, 32, 32),
@@ -243,26 +245,13 @@ def test_large_logits_stay_finite_and_nan_stays_visible(backend, shape, name):
     assert not bool(out[:, 6:].isnan().any())
 
 
-def test_cpu_never_builds_a_square(monkeypatch):
+def test_cpu_never_builds_a_square():
     """No tensor of q_len x kv_len elements is allocated on the way."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     n = 2048
     q, k, v = inputs((2, 1, n, n, 8, 8, 64, 64))
     mask = torch.eye(n // 64, dtype=torch.bool)[None].repeat(2, 1, 1)
     plan = BlockPlan.from_block_mask(mask, block_q=64, block_k=64)
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    with Watch():
-        block_sparse_attention(q, k, v, plan, backend="cpu")
+    largest = largest_tensor(lambda: block_sparse_attention(q, k, v, plan, backend="cpu"))
     assert 0 < largest <= q.numel()
 
 

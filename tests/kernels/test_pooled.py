@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 from sparse_patch_kernels import BlockPlan, RunList, block_sparse_attention, cpu, cpu_pooled
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.memory import largest_tensor
 
 N, BLOCK = 256, 32
 N_BLOCKS = N // BLOCK
@@ -185,16 +186,5 @@ def test_cpu_never_builds_a_square(monkeypatch, pool, ordered):
     past = torch.ones(2, n // block, n // block, dtype=torch.bool).tril(-1)
     order = torch.arange(n)[None] if ordered else None
     plan = BlockPlan(n, n, block, (RunList.from_mask(past, block, pool),), key_order=order)
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    with Watch():
-        block_sparse_attention(q, k, v, plan, backend="cpu")
+    largest = largest_tensor(lambda: block_sparse_attention(q, k, v, plan, backend="cpu"))
     assert 0 < largest <= block * n // 2 + n  # one query block against every second key
