@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
@@ -47,10 +48,10 @@ def main(
 @app.command()
 def methods(
     name: Annotated[
-        list[str] | None, typer.Argument(help="Show these in full; default: a line each.")
+        list[str] | None, typer.Argument(help="Show these in full; default: all, in short.")
     ] = None,
 ) -> None:
-    """List the methods: name, one line, source, presets; with names, every parameter too."""
+    """List the methods: name, one line, source, parameters, presets; with names, in full."""
     if not name:
         _list_methods()
         return
@@ -63,13 +64,16 @@ def methods(
 
 
 def _list_methods() -> None:
-    table = Table(box=box.SIMPLE_HEAD, caption="sparse-patch methods NAME shows its parameters")
-    for column in ("method", "what it keeps", "source", "presets"):
-        table.add_column(column, overflow="fold")
     for one in sparse_patch.list_methods():
         info = sparse_patch.describe(one)
-        table.add_row(one, info.summary, info.source, ", ".join(info.presets))
-    console.print(table)
+        source = f" ({info.source})" if info.source else ""
+        console.print(f"[bold]{info.name}[/]: {info.summary}{source}", highlight=False)
+        defaults = ", ".join(f"{row.name}={row.default!r}" for row in info.parameters)
+        console.print(Padding(defaults, (0, 0, 0, 4)), style="dim", highlight=False)
+        if info.presets:
+            names = ", ".join(f"preset={name}" for name in info.presets)
+            console.print(Padding(names, (0, 0, 0, 4)), highlight=False)
+    console.print("\nsparse-patch methods NAME: what each parameter does and may be")
 
 
 def _show_method(info: sparse_patch.MethodInfo) -> None:

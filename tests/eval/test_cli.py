@@ -111,12 +111,16 @@ def test_the_machine_is_described():
 # --- commands ------------------------------------------------------------------------------------
 
 
-def test_methods_lists_every_method_with_its_source_and_presets():
-    out = run("methods").output
+def test_methods_lists_every_method_with_its_source_parameters_and_presets():
+    out = " ".join(run("methods").output.split())
     for name in sparse_patch.list_methods():
-        assert name in out
-    assert "2502.20766" in out
-    assert "paper" in out
+        info = sparse_patch.describe(name)
+        assert f"{name}: {info.summary}" in out
+        assert info.source in out
+        for parameter in info.parameters:
+            assert f"{parameter.name}=" in out
+        for preset in info.presets:
+            assert f"preset={preset}" in out
 
 
 @pytest.mark.parametrize("name", sparse_patch.list_methods())
