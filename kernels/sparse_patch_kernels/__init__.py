@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .plan import BlockPlan, RunList
+from .plan import BlockPlan
+from .runs import RunList
 
 __all__ = [
     "BACKENDS",

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .cpu_fused import attend_blocks, pad_to
 from .cpu_general import attend_seen
-from .plan import BlockPlan, RunList
+from .plan import BlockPlan
+from .runs import RunList
 
 # Scores of one head in `_masked`, in elements: 1 MiB in float32. Small tiles also waste little on
 # groups in the future of their first rows.

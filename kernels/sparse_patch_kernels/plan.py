@@ -18,100 +18,13 @@ group is visible to a row when all of its keys are at or before the row. Groups 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class RunList:
-    """Runs of `width` consecutive keys, listed per head and query block.
-
-    Attributes:
-        start: int32 `[lists, n_q_blocks, n]`, first key of each run; runs are disjoint and
-            ascending. `lists` divides the number of query heads: one a head, a KV group, or all.
-        count: int32 `[counts, n_q_blocks]`, how many entries of `start` hold; the rest is padding.
-            Where `counts` exceeds `lists`, heads share a list and each takes a beginning of its
-            own: such a list is ranked, best run first, instead of ascending.
-        width: tokens in each run.
-        pool: neighbours averaged into one key and one value; divides `width` and every start.
-            1: none.
-    """
-
-    start: Tensor
-    count: Tensor
-    width: int
-    pool: int = 1
-
-    def __post_init__(self) -> None:
-        if self.start.ndim != 3 or self.count.ndim != 2:
-            raise ValueError(
-                "RunList: start must be [lists, n_q_blocks, n] and count [counts, n_q_blocks], got "
-                f"{tuple(self.start.shape)} and {tuple(self.count.shape)}"
-            )
-        if self.start.dtype != torch.int32 or self.count.dtype != torch.int32:
-            raise ValueError(
-                f"RunList: start and count must be int32, got {self.start.dtype}, "
-                f"{self.count.dtype}; convert with .int()"
-            )
-        if self.start.shape[1] != self.count.shape[1]:
-            raise ValueError(
-                f"RunList: start lists {self.start.shape[1]} query blocks, "
-                f"count {self.count.shape[1]}"
-            )
-        if self.heads % self.start.shape[0] or self.heads % self.count.shape[0]:
-            raise ValueError(
-                f"RunList: {self.start.shape[0]} lists and {self.count.shape[0]} counts do not "
-                "divide one another"
-            )
-        if self.width < 1:
-            raise ValueError(f"RunList: width={self.width} must be at least 1 token")
-        if self.pool < 1 or self.width % self.pool:
-            raise ValueError(f"RunList: pool={self.pool} must divide width={self.width}")
-
-    @classmethod
-    def from_mask(cls, mask: Tensor, width: int, pool: int = 1) -> RunList:
-        """The runs that a mask marks, run j being keys `[j * width, (j + 1) * width)`.
-
-        Args:
-            mask: bool `[lists, n_q_blocks, n_runs]`.
-            width, pool: see the class.
-        """
-        count = mask.sum(-1, dtype=torch.int32)
-        # A stable sort by "not kept" puts the kept runs first and keeps them ascending.
-        index = mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
-        index = index[..., : max(1, int(count.max()))]
-        return cls((index * width).to(torch.int32), count, width, pool)
-
-    @property
-    def heads(self) -> int:
-        """Heads that this list tells apart: the larger of `lists` and `counts`."""
-        return max(self.start.shape[0], self.count.shape[0])
-
-    @property
-    def ranked(self) -> bool:
-        """Are lists shared and cut per head, best run first, instead of ascending?"""
-        return self.count.shape[0] > self.start.shape[0]
-
-    def expand(self, heads: int) -> tuple[Tensor, Tensor]:
-        """`start [heads, n_q_blocks, n]`, ascending, and `count [heads, n_q_blocks]` per head."""
-        start = self.start.repeat_interleave(heads // self.start.shape[0], 0)
-        count = self.counts(heads)
-        if self.ranked:
-            padding = torch.arange(start.shape[2], device=start.device) >= count[..., None]
-            start = start.masked_fill_(padding, torch.iinfo(torch.int32).max).sort(dim=-1).values
-        return start, count
-
-    def counts(self, heads: int) -> Tensor:
-        """int32 `[heads, n_q_blocks]`: how many runs each head has."""
-        return self.count.repeat_interleave(heads // self.count.shape[0], 0)
-
-    def valid(self, heads: int) -> Tensor:
-        """bool `[heads, n_q_blocks, n]`: which entries of the expanded `start` hold."""
-        slots = torch.arange(self.start.shape[2], device=self.count.device)
-        return slots < self.counts(heads)[..., None]
+from . import counting
+from .runs import RunList
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,10 +188,10 @@ class BlockPlan:
         last, sink, window = self.last_rows(pooled[0].start.device), self.sink, self.window
         if self.key_order is not None:
             last, sink, window = torch.full_like(last, self.kv_len - 1), 0, 0
-        apart = self._covered(last, tokens, sink, window)
+        apart = counting.covered(self, last, tokens, sink, window)
         for run in pooled:
-            apart = apart + self._covered(last, [run], 0, 0)
-        if not torch.equal(apart, self._covered(last, self.runs, sink, window)):
+            apart = apart + counting.covered(self, last, [run], 0, 0)
+        if not torch.equal(apart, counting.covered(self, last, self.runs, sink, window)):
             raise ValueError(
                 "BlockPlan: a pooled run overlaps another run, sink or window; its keys would "
                 "count twice"
@@ -303,7 +216,7 @@ class BlockPlan:
 
     def head_density(self) -> Tensor:
         """float64 `[heads]`: kept / causal per head. See `density`."""
-        kept, causal = self._pairs()
+        kept, causal = counting.kept_pairs(self)
         return kept.double() / causal
 
     @property
@@ -316,38 +229,6 @@ class BlockPlan:
         """
         return float(self.head_density().mean())
 
-    def _pairs(self) -> tuple[Tensor, float]:
-        """Kept pairs float64 `[heads]` and causal ones, in (query block, key) pairs."""
-        device = self.runs[0].start.device if self.runs else None
-        last = self.last_rows(device)
-        tokens = [run for run in self.runs if run.pool == 1]
-        causal = int((last + 1).sum())
-        if len(tokens) == 1 and not (self.sink or self.window or self.key_order is not None):
-            (run,) = tokens
-            kept = run.counts(self.heads).sum(-1) * run.width
-            causal = int((last // run.width + 1).sum()) * run.width
-        elif self.key_order is None:
-            kept = self._covered(last, tokens, self.sink, self.window)
-        elif not (self.sink or self.window):
-            kept = self._reordered(last, tokens, self.key_order)
-        else:
-            blocks = range(self.n_q_blocks)
-            rows = [[self.block_mask(h, b).any(0).sum() for b in blocks] for h in range(self.heads)]
-            kept = torch.tensor(rows, device=device).sum(-1)
-        for run in self.runs:
-            if run.pool > 1:
-                kept = kept + self._groups_seen(last, run)
-        return kept.double(), causal
-
-    def _groups_seen(self, last: Tensor, run: RunList) -> Tensor:
-        """int64 `[heads]`: groups of a pooled list that some row sees, summed over query blocks."""
-        if self.key_order is not None:
-            groups = RunList(run.start // run.pool, run.count, run.width // run.pool)
-            return self._reordered(last, [groups], self.group_ends(run.pool))
-        start = run.expand(self.heads)[0].long()
-        length = torch.minimum(start + run.width, last[:, None] + 1) - start
-        return (length // run.pool).masked_fill(~run.valid(self.heads), 0).sum((-1, -2))
-
     def group_ends(self, pool: int) -> Tensor:
         """int64 `[orders, kv_len // pool]`: the row from which on each pooled group is visible.
 
@@ -359,45 +240,6 @@ class BlockPlan:
             order = torch.arange(self.kv_len, device=device)[None]
         whole = order[:, : self.kv_len // pool * pool].long()
         return whole.reshape(order.shape[0], -1, pool).amax(-1)
-
-    def _reordered(self, last: Tensor, runs: list[RunList], order: Tensor) -> Tensor:
-        """int64 `[heads]`: slots of the runs that some row sees, summed over query blocks.
-
-        `order [orders, slots]` is the position from which on each slot is visible.
-        """
-        n_slots = order.shape[1]
-        order = order.repeat_interleave(self.heads // order.shape[0], 0)
-        kept = []
-        for head in range(self.heads):  # one at a time: the slots of all would take much room
-            listed = torch.zeros(
-                len(last), n_slots + 1, dtype=torch.bool, device=last.device
-            )  # one slot more, for what a run names past the end
-            for run in runs:
-                block, slot = run.valid(self.heads)[head].nonzero(as_tuple=True)
-                start = run.expand(self.heads)[0][head, block, slot].long()
-                slots = start[:, None] + torch.arange(run.width, device=last.device)
-                listed[block[:, None], slots.clamp(max=n_slots)] = True
-            kept.append((listed[:, :-1] & (order[head] <= last[:, None])).sum())
-        return torch.stack(kept)
-
-    def _covered(self, last: Tensor, runs: Iterable[RunList], sink: int, window: int) -> Tensor:
-        """int64 `[heads]`: keys in the union of runs, sink and window, summed over query blocks."""
-        heads, n_blocks = self.heads, self.n_q_blocks
-        first = torch.arange(n_blocks, device=last.device) * self.block_q + self.q_offset
-        begins = [torch.zeros_like(first)[None, :, None].expand(heads, -1, 1)]
-        ends = [last.clamp(max=sink - 1)[None, :, None].expand(heads, -1, 1) + 1]
-        if window:
-            begins.append((first - window + 1).clamp(min=0)[None, :, None].expand(heads, -1, 1))
-            ends.append(last[None, :, None].expand(heads, -1, 1) + 1)
-        for run in runs:
-            start = run.expand(heads)[0].long()
-            end = torch.minimum(start + run.width, last[:, None] + 1)
-            begins.append(start)
-            ends.append(torch.where(run.valid(heads), end, start))
-        begin, order = torch.cat(begins, -1).sort(dim=-1)
-        end = torch.cat(ends, -1).gather(-1, order)
-        reached = torch.cat([torch.zeros_like(end[..., :1]), end.cummax(-1).values[..., :-1]], -1)
-        return (end - torch.maximum(begin, reached)).clamp(min=0).sum((-1, -2))
 
     def listed_keys(self, head: int, block: int) -> Tensor:
         """bool `[kv_len]`: keys in the unpooled runs of one query block, by their own positions."""

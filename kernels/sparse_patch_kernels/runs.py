@@ -1,0 +1,97 @@
+"""RunList: the runs of keys that query blocks read, one part of a BlockPlan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RunList:
+    """Runs of `width` consecutive keys, listed per head and query block.
+
+    Attributes:
+        start: int32 `[lists, n_q_blocks, n]`, first key of each run; runs are disjoint and
+            ascending. `lists` divides the number of query heads: one a head, a KV group, or all.
+        count: int32 `[counts, n_q_blocks]`, how many entries of `start` hold; the rest is padding.
+            Where `counts` exceeds `lists`, heads share a list and each takes a beginning of its
+            own: such a list is ranked, best run first, instead of ascending.
+        width: tokens in each run.
+        pool: neighbours averaged into one key and one value; divides `width` and every start.
+            1: none.
+    """
+
+    start: Tensor
+    count: Tensor
+    width: int
+    pool: int = 1
+
+    def __post_init__(self) -> None:
+        if self.start.ndim != 3 or self.count.ndim != 2:
+            raise ValueError(
+                "RunList: start must be [lists, n_q_blocks, n] and count [counts, n_q_blocks], got "
+                f"{tuple(self.start.shape)} and {tuple(self.count.shape)}"
+            )
+        if self.start.dtype != torch.int32 or self.count.dtype != torch.int32:
+            raise ValueError(
+                f"RunList: start and count must be int32, got {self.start.dtype}, "
+                f"{self.count.dtype}; convert with .int()"
+            )
+        if self.start.shape[1] != self.count.shape[1]:
+            raise ValueError(
+                f"RunList: start lists {self.start.shape[1]} query blocks, "
+                f"count {self.count.shape[1]}"
+            )
+        if self.heads % self.start.shape[0] or self.heads % self.count.shape[0]:
+            raise ValueError(
+                f"RunList: {self.start.shape[0]} lists and {self.count.shape[0]} counts do not "
+                "divide one another"
+            )
+        if self.width < 1:
+            raise ValueError(f"RunList: width={self.width} must be at least 1 token")
+        if self.pool < 1 or self.width % self.pool:
+            raise ValueError(f"RunList: pool={self.pool} must divide width={self.width}")
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, width: int, pool: int = 1) -> RunList:
+        """The runs that a mask marks, run j being keys `[j * width, (j + 1) * width)`.
+
+        Args:
+            mask: bool `[lists, n_q_blocks, n_runs]`.
+            width, pool: see the class.
+        """
+        count = mask.sum(-1, dtype=torch.int32)
+        # A stable sort by "not kept" puts the kept runs first and keeps them ascending.
+        index = mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+        index = index[..., : max(1, int(count.max()))]
+        return cls((index * width).to(torch.int32), count, width, pool)
+
+    @property
+    def heads(self) -> int:
+        """Heads that this list tells apart: the larger of `lists` and `counts`."""
+        return max(self.start.shape[0], self.count.shape[0])
+
+    @property
+    def ranked(self) -> bool:
+        """Are lists shared and cut per head, best run first, instead of ascending?"""
+        return self.count.shape[0] > self.start.shape[0]
+
+    def expand(self, heads: int) -> tuple[Tensor, Tensor]:
+        """`start [heads, n_q_blocks, n]`, ascending, and `count [heads, n_q_blocks]` per head."""
+        start = self.start.repeat_interleave(heads // self.start.shape[0], 0)
+        count = self.counts(heads)
+        if self.ranked:
+            padding = torch.arange(start.shape[2], device=start.device) >= count[..., None]
+            start = start.masked_fill_(padding, torch.iinfo(torch.int32).max).sort(dim=-1).values
+        return start, count
+
+    def counts(self, heads: int) -> Tensor:
+        """int32 `[heads, n_q_blocks]`: how many runs each head has."""
+        return self.count.repeat_interleave(heads // self.count.shape[0], 0)
+
+    def valid(self, heads: int) -> Tensor:
+        """bool `[heads, n_q_blocks, n]`: which entries of the expanded `start` hold."""
+        slots = torch.arange(self.start.shape[2], device=self.count.device)
+        return slots < self.counts(heads)[..., None]
