@@ -150,10 +150,10 @@ def test_compare_tunes_measures_and_goes_on(script, compare_options, monkeypatch
 
 
 @pytest.fixture
-def where_options(folder, common, tmp_path):
+def part_options(folder, common, tmp_path):
     return {
         **common,
-        "output": tmp_path / "where",
+        "output": tmp_path / "parts",
         "method": "a_shape:window=64,sink=4",
         "length": "1100",
         "parts": "thirds,layers,heads",
@@ -166,10 +166,10 @@ def where_options(folder, common, tmp_path):
     }
 
 
-def test_where_it_hurts_runs_parts_alone(script, where_options, tmp_path, monkeypatch):
-    module = script("where_it_hurts")
-    module.main(**where_options)
-    rows = {row["part"]: row for row in lines(tmp_path / "where" / "rows.jsonl")}
+def test_kl_by_part_runs_parts_alone(script, part_options, tmp_path, monkeypatch):
+    module = script("kl_by_part")
+    module.main(**part_options)
+    rows = {row["part"]: row for row in lines(tmp_path / "parts" / "rows.jsonl")}
     assert list(rows) == module.part_names(["thirds", "layers", "heads"], [0, 1])
     both = rows["layer 0"]["mass_lost"] + rows["layer 1"]["mass_lost"]
     assert rows["all"]["mass_lost"] == pytest.approx(both)
@@ -180,10 +180,10 @@ def test_where_it_hurts_runs_parts_alone(script, where_options, tmp_path, monkey
     assert sum(rows["all"]["kl_bins"]) / 16 == pytest.approx(rows["all"]["kl"], rel=1e-5)
     assert rows["all"]["kl_bins"][0] < 0.2 * max(rows["all"]["kl_bins"])  # the window holds it all
     for name in ("layers.png", "positions.png"):
-        assert (tmp_path / "where" / name).read_bytes().startswith(b"\x89PNG")
-    cut(tmp_path / "where" / "rows.jsonl")
+        assert (tmp_path / "parts" / name).read_bytes().startswith(b"\x89PNG")
+    cut(tmp_path / "parts" / "rows.jsonl")
     runs = counted(monkeypatch, module, "sparse_prefill")
-    module.main(**where_options)
+    module.main(**part_options)
     assert len(runs) == 1
 
 
@@ -201,17 +201,17 @@ def test_where_it_hurts_runs_parts_alone(script, where_options, tmp_path, monkey
         ("compare_methods", {"scored": 900}, "too short"),
         ("compare_methods", {"model": "./no/such"}, "no model folder"),
         ("compare_methods", {"method": ["a_shape:window"]}, "must be key=value"),
-        ("where_it_hurts", {"parts": "heads,tails"}, "some of thirds, layers, heads"),
-        ("where_it_hurts", {"share": 0.7}, "above 0 and at most 0.5"),
+        ("kl_by_part", {"parts": "heads,tails"}, "some of thirds, layers, heads"),
+        ("kl_by_part", {"share": 0.7}, "above 0 and at most 0.5"),
     ],
 )
 def test_bad_options_end_before_any_work(
-    script, recall_options, compare_options, where_options, capsys, name, change, message
+    script, recall_options, compare_options, part_options, capsys, name, change, message
 ):
     options = {
         "recall_table": recall_options,
         "compare_methods": compare_options,
-        "where_it_hurts": where_options,
+        "kl_by_part": part_options,
     }[name]
     with pytest.raises(typer.Exit) as error:
         script(name).main(**{**options, **change})

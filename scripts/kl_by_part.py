@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""What does the loss hear? KL to dense when only a part of a model runs sparse.
+"""KL to dense when only a part of a model runs sparse.
 
-    python scripts/where_it_hurts.py --method flexprefill:gamma=0.8,min_budget=128 \\
-        --length 4k --output results/where_flexprefill_4k
+    python scripts/kl_by_part.py --method flexprefill:gamma=0.8,min_budget=128 \\
+        --length 4k --output results/parts_flexprefill_4k
 
 Per prompt, one dense prefill and then one sparse prefill for each part:
 
