@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sparse_patch import describe, list_methods
@@ -24,63 +24,68 @@ class Knob:
     """How much a method keeps, as one number.
 
     Attributes:
-        turns: parameter -> its value at knob 1; all of them are scaled together.
-        low, high: range of the knob.
-        fixed: parameters that would otherwise set a floor to the density.
+        make: parameters from the number.
+        low, high: its range. Below 1 it is a share, turned in steps of what it leaves out.
         falling: more of it keeps less.
     """
 
-    turns: Mapping[str, int | float]
+    make: Callable[[float], dict[str, Any]]
     low: float
     high: float
-    fixed: Mapping[str, Any] = field(default_factory=dict)
     falling: bool = False
 
     def params(self, place: float) -> dict[str, Any]:
-        """Parameters at `place` 0 (keeps least) to 1 (keeps most), evenly in the logarithm.
-
-        A share near 1 is turned in steps of what it leaves out.
-        """
+        """Parameters at `place` 0 (keeps least) to 1 (keeps most), evenly in the logarithm."""
         place = 1 - place if self.falling else place
         if self.high < 1:
-            value = 1 - (1 - self.low) * ((1 - self.high) / (1 - self.low)) ** place
-        else:
-            value = self.low * (self.high / self.low) ** place
-        turned = {
-            name: max(1, round(full * value)) if isinstance(full, int) else round(full * value, 5)
-            for name, full in self.turns.items()
-        }
-        return {**self.fixed, **turned}
+            return self.make(1 - (1 - self.low) * ((1 - self.high) / (1 - self.low)) ** place)
+        return self.make(self.low * (self.high / self.low) ** place)
 
 
 def _share(name: str = "gamma", **fixed: Any) -> Knob:
-    return Knob({name: 1.0}, 0.02, 0.9999, fixed)
+    return Knob(lambda x: {**fixed, name: round(x, 5)}, 0.02, 0.9999)
 
 
-def _tokens(name: str, low: int = 16, high: int = 1 << 17, **fixed: Any) -> Knob:
-    return Knob({name: 1}, low, high, fixed)
+def _count(name: str, low: int = 16, high: int = 1 << 17, **fixed: Any) -> Knob:
+    return Knob(lambda x: {**fixed, name: round(x)}, low, high)
+
+
+def _minference(x: float) -> dict[str, Any]:
+    """Vertical and slash lines, in the proportion of the defaults."""
+    return {"vertical": max(1, round(1000 * x)), "slash": max(1, round(6096 * x))}
+
+
+def _infinite_hip(x: float) -> dict[str, Any]:
+    """What each stage keeps, in the proportion of the defaults."""
+    keep = tuple(max(8, round(x * n)) for n in (32768, 8192, 2048))
+    return {"sink": 64, "window": 256, "keep": keep, "early_keep": max(8, round(4096 * x))}
+
+
+def _psa(x: float) -> dict[str, Any]:
+    """Its four thresholds, what they leave out in the proportion of the defaults."""
+    return {"thresholds": tuple(round(x + n * (1 - x) / 5, 5) for n in range(4))}
 
 
 # Budgets of the defaults (1024 or 2048 tokens) are made for far longer prompts: at 4k they alone
 # would keep half of it.
 KNOBS: dict[str, Knob] = {
-    "a_shape": _tokens("window", sink=64),
-    "dhsa": _tokens("topk", 1, 2048),
-    "flashprefill": Knob({"alpha": 1.0}, 1e-4, 1.0, falling=True),
+    "a_shape": _count("window", sink=64),
+    "dhsa": _count("topk", 1, 2048),
+    "flashprefill": Knob(lambda x: {"alpha": float(f"{x:.4g}")}, 1e-4, 1.0, falling=True),
     "flexprefill": _share(min_budget=128),
-    "hip": _tokens("mask_k", 8),
-    "infinite_hip": _tokens("mask_k", 8),
+    "hip": _count("mask_k", 8),
+    "infinite_hip": Knob(_infinite_hip, 0.004, 16.0),
     "mean_pool": _share(),
-    "minference": Knob({"vertical": 1000, "slash": 6096}, 0.01, 20.0),
-    "moba": _tokens("topk", 1, 2048, chunk_size=128),
+    "minference": Knob(_minference, 0.01, 20.0),
+    "moba": _count("topk", 1, 2048, chunk_size=128),
     "pbs": _share("tau"),
-    "power": _tokens("local_blocks", 1, 2048, block_size=64),
+    "power": _count("local_blocks", 1, 2048, block_size=64),
     "prism": _share(),
     "proxyattn": _share(min_budget=256),
-    "psa": _share(),
+    "psa": Knob(_psa, 0.02, 0.9999),
     "sparge": _share(),
-    "strided": _share(min_budget=256),
-    "tri_shape": _tokens("window", sink=64),
+    "strided": _share(),
+    "tri_shape": _count("window", sink=64),
     "xattention": _share(),
 }
 
@@ -102,7 +107,7 @@ class Tuned:
 
 def spec_of(name: str, params: Mapping[str, Any]) -> str:
     """`NAME:key=value,...`, as `parse_method` reads it."""
-    pairs = ",".join(f"{key}={value}" for key, value in params.items())
+    pairs = ",".join(f"{key}={value}".replace(" ", "") for key, value in params.items())
     return f"{name}:{pairs}" if pairs else name
 
 
@@ -114,7 +119,7 @@ def knob_of(name: str) -> Knob | None:
     """
     knob = KNOBS.get(name)
     known = {one.name for one in describe(name).parameters}
-    return knob if knob is not None and {*knob.turns, *knob.fixed} <= known else None
+    return knob if knob is not None and knob.params(0).keys() <= known else None
 
 
 def missing_methods() -> list[str]:
@@ -139,8 +144,10 @@ class Tuner:
         self._name, self._measure, self._extra = name, measure, dict(extra or {})
         self._knob = knob_of(name)
         self._seen: dict[float, Tuned] = {}  # by place
-        if self._knob is not None and not self._extra.keys().isdisjoint(self._knob.turns):
-            self._knob = None  # the user has turned it
+        if self._knob is not None:
+            ends = [{**self._knob.params(place), **self._extra} for place in (0.0, 1.0)]
+            if ends[0] == ends[1]:
+                self._knob = None  # the user has turned it
 
     @property
     def has_knob(self) -> bool:
