@@ -15,20 +15,20 @@ lines are all there are not run again.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
+from sparse_patch_eval.console import console, progress, user_errors
 from sparse_patch_eval.models import load_for_lengths
 from sparse_patch_eval.options import parse_lengths, parse_method
-from sparse_patch_eval.prefill import machine, prefill
+from sparse_patch_eval.plots import plot
+from sparse_patch_eval.prefill import prefill
+from sparse_patch_eval.rows import RowFile, describe_machines
 from sparse_patch_eval.text import long_text, passkey_prompt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,7 +37,6 @@ from sparse_patch import Method
 
 DENSE = "dense SDPA"
 WARM_UP_TOKENS = 1536
-console = Console(width=160)
 
 
 @dataclass(frozen=True)
@@ -79,35 +78,27 @@ def main(
     seed: Annotated[int, typer.Option(help="Round r draws its prompt with seed + r.")] = 0,
 ) -> None:
     """Measure time-to-first-token of dense and sparse prefill."""
-    try:
+    with user_errors():
         specs = method or ["flexprefill:gamma=0.9"]
         methods = {spec: parse_method(spec) for spec in specs}
         wanted = parse_lengths(lengths)
         prose = long_text(text)
-    except (ValueError, OSError, ImportError) as error:
-        _fail(error)
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / "runs.jsonl"
     setup = {"model": model, "dtype": dtype, "device": device, "text": text}
-    _end_last_line(file)
-    rows = _read(file, setup)
+    file = RowFile(output / "runs.jsonl", setup)
     todo = {
-        length: [r for r in range(repeats) if not _complete(rows, length, seed + r, specs)]
+        length: [r for r in range(repeats) if not _complete(file.rows, length, seed + r, specs)]
         for length in wanted
     }
-    about = machine()
-    with _progress() as progress:
-        task = progress.add_task("prefills", total=(1 + len(specs)) * sum(map(len, todo.values())))
+    with progress() as bar:
+        task = bar.add_task("prefills", total=(1 + len(specs)) * sum(map(len, todo.values())))
         for row in _measure(todo, methods, prose, seed, setup):
-            rows.append(row)
-            with file.open("a") as lines:
-                lines.write(json.dumps({**row, "machine": about}) + "\n")
-            progress.advance(task)
-    cells = [cell for length in wanted for cell in _cells(rows, length, specs)]
-    table = _markdown(cells, setup, json.loads(file.read_text().splitlines()[-1])["machine"])
+            file.add(row)
+            bar.advance(task)
+    cells = [cell for length in wanted for cell in _cells(file.rows, length, specs)]
+    table = _markdown(cells, text, describe_machines(file.rows))
     (output / "table.md").write_text(table)
     console.print(table, markup=False)
-    _plot(cells, output / "speedup.png", f"{model}, {dtype}")
+    plot(output / "speedup.png", lambda axes: _draw(axes, cells, f"{model}, {dtype}"))
 
 
 def _measure(
@@ -130,35 +121,16 @@ def _measure(
             prompt = passkey_prompt(tokenizer, length, text=prose, seed=seed + round_)
             for name in _rotated([DENSE, *methods], round_):
                 measured = _timed(model, prompt.input_ids.to(model.device), methods.get(name))
-                yield {
-                    **setup,
-                    "length": length,
-                    "seed": seed + round_,
-                    "method": name,
-                    **measured,
-                }
+                yield {"length": length, "seed": seed + round_, "method": name, **measured}
 
 
 def _models(
     setup: dict[str, str], lengths: list[int]
 ) -> Iterator[tuple[int, PreTrainedModel, PreTrainedTokenizerBase]]:
-    try:
+    with user_errors():
         yield from load_for_lengths(
             setup["model"], lengths, dtype=setup["dtype"], device=setup["device"]
         )
-    except (ValueError, OSError, ImportError) as error:
-        _fail(error)
-
-
-def _fail(error: Exception) -> NoReturn:
-    console.print(f"[bold red]error:[/] {error}", highlight=False)
-    raise typer.Exit(2) from error
-
-
-def _progress() -> Progress:
-    # Few refreshes: drawing competes with the prefill for the same cores.
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), refresh_per_second=1)
 
 
 def _timed(model: PreTrainedModel, ids: Any, method: Method | None) -> dict[str, Any]:
@@ -169,26 +141,6 @@ def _timed(model: PreTrainedModel, ids: Any, method: Method | None) -> dict[str,
         report = handle.report()
     calls = {"sparse": report.sparse_calls, "exact": report.exact}
     return {"seconds": seconds, "density": report.density, "calls": calls}
-
-
-def _end_last_line(file: Path) -> None:
-    """A kill may have left half a line: the next one must not be glued to it."""
-    if file.exists() and not file.read_text().endswith("\n") and file.stat().st_size:
-        with file.open("a") as lines:
-            lines.write("\n")
-
-
-def _read(file: Path, setup: dict[str, str]) -> list[dict[str, Any]]:
-    """Rows of earlier runs of the same set-up; a line cut short by a kill is dropped."""
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if {key: row.get(key) for key in setup} == setup:
-            rows.append(row)
-    return rows
 
 
 def _complete(rows: list[dict[str, Any]], length: int, seed: int, specs: list[str]) -> bool:
@@ -228,7 +180,7 @@ def _cells(rows: list[dict[str, Any]], length: int, specs: list[str]) -> list[Ce
     return cells
 
 
-def _markdown(cells: list[Cell], setup: dict[str, str], about: dict[str, Any]) -> str:
+def _markdown(cells: list[Cell], text: str, about: str) -> str:
     lines = [
         "| tokens | method | time-to-first-token, s | speed-up (range) | density | exact calls |",
         "|---:|---|---:|---:|---:|---:|",
@@ -245,24 +197,13 @@ def _markdown(cells: list[Cell], setup: dict[str, str], about: dict[str, Any]) -
     lines += [
         "",
         f"Medians of {min(cell.rounds for cell in cells)} or more rounds, interleaved, each on a "
-        f"prompt of its own ({setup['text']}). {setup['model']}, {setup['dtype']}, "
-        f"{about['device']}, {about['cpu_capability']}, {about['threads']} threads, "
-        f"torch {about['torch']}, transformers {about['transformers']}, commit {about['git']}.",
+        f"prompt of its own ({text}). {about}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _plot(cells: list[Cell], path: Path, title: str) -> None:
+def _draw(axes: Any, cells: list[Cell], title: str) -> None:
     """Speed-up against length, with the range over rounds."""
-    try:
-        import matplotlib
-    except ImportError:
-        console.print("no plot: pip install 'sparse-patch[plot]' for matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for name in dict.fromkeys(cell.method for cell in cells if cell.method != DENSE):
         mine = [cell for cell in cells if cell.method == name]
         x = [cell.length for cell in mine]
@@ -278,10 +219,7 @@ def _plot(cells: list[Cell], path: Path, title: str) -> None:
     axes.set_xlabel("prompt, tokens")
     axes.set_ylabel("dense time / sparse time")
     axes.set_title(f"Time-to-first-token speed-up: {title}")
-    axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import ast
 import re
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from sparse_patch import Method, get_method
 
 # A comma that is not inside brackets: `pbs:tau=(0.9,0.8),segment=256`.
@@ -21,6 +23,16 @@ def parse_method(spec: str) -> Method:
     Raises:
         ValueError: the form is wrong, or the method or a parameter does not exist.
     """
+    name, params = split_method(spec)
+    return get_method(name, **params)
+
+
+def split_method(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of what `parse_method` takes.
+
+    Raises:
+        ValueError: the form is wrong.
+    """
     name, _, rest = spec.partition(":")
     params: dict[str, Any] = {}
     for part in filter(None, (item.strip() for item in _COMMA.split(rest))):
@@ -30,7 +42,7 @@ def parse_method(spec: str) -> Method:
                 f"--method {spec!r}: {part!r} must be key=value, as in flexprefill:gamma=0.9"
             )
         params[key.strip()] = _literal(value.strip())
-    return get_method(name.strip(), **params)
+    return name.strip(), params
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -48,6 +60,52 @@ def parse_lengths(text: str) -> list[int]:
             raise ValueError(f"--lengths {text!r}: {part!r} is not a number of tokens (2048 or 2k)")
         lengths.add(int(digits) * factor)
     return sorted(lengths)
+
+
+def parse_length(text: str) -> int:
+    """Read one length, as `parse_lengths` does.
+
+    Raises:
+        ValueError: not one positive number of tokens.
+    """
+    lengths = parse_lengths(text)
+    if len(lengths) != 1:
+        raise ValueError(f"--length {text!r}: give one length")
+    return lengths[0]
+
+
+def parse_layers(text: str) -> slice | tuple[int, ...]:
+    """Read layers: indices (`0,5,-1`) or a slice of all layers as Python writes it (`::3`).
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        if ":" in text:
+            bounds = [int(part) if part.strip() else None for part in text.split(":")]
+            if len(bounds) <= 3 and bounds[2:] != [0]:
+                return slice(*bounds)
+        else:
+            return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        pass  # the one message below serves both forms
+    raise ValueError(f"--layers {text!r} must be indices, as in 0,5,-1, or a slice, as in ::3")
+
+
+def choose_layers(model: PreTrainedModel, layers: slice | tuple[int, ...]) -> list[int]:
+    """The indices that `parse_layers` means for a model, ascending.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    known = range(model.config.get_text_config().num_hidden_layers)
+    try:
+        chosen = known[layers] if isinstance(layers, slice) else {known[n] for n in layers}
+    except IndexError as error:
+        raise ValueError(f"--layers {layers}: this model has layers 0 to {known[-1]}") from error
+    if not chosen:
+        raise ValueError(f"--layers {layers} leaves none of {len(known)} layers")
+    return sorted(chosen)
 
 
 def _literal(value: str) -> Any:

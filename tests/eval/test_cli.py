@@ -1,50 +1,17 @@
 """The command line and the bench script, on a tiny local model: nothing is downloaded."""
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from sparse_patch_eval import options
 from sparse_patch_eval.cli import app
 from sparse_patch_eval.prefill import decode, kl_divergence, machine, prefill
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as token_models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import sparse_patch
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model folder with a byte-level tokenizer, and a text file beside it."""
-    path = tmp_path_factory.mktemp("cli")
-    vocabulary = {t: n for n, t in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(token_models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(path / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(path / "model")
-    (path / "prose.txt").write_text("It was a bright cold day in April. " * 400)
-    return path
 
 
 def run(*arguments):
@@ -208,14 +175,8 @@ def test_bad_options_end_with_a_message_and_code_2(folder, arguments, message):
 
 
 @pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location(
-        "bench_prefill", ROOT / "scripts" / "bench_prefill.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_prefill"] = module
-    spec.loader.exec_module(module)
-    return module
+def bench(script):
+    return script("bench_prefill")
 
 
 def test_bench_measures_in_rounds_and_goes_on_where_it_stopped(folder, bench, monkeypatch):

@@ -143,6 +143,15 @@ def test_the_standard_library_is_long_and_in_a_fixed_order():
     assert "class TestArgparse" not in source
 
 
+def test_the_documentation_holds_every_topic_once_and_is_no_part_of_the_source():
+    docs = long_text("pydoc")
+    assert len(docs) > 300_000
+    assert docs == long_text("pydoc")
+    body = "is used for conditional execution:\n\n   if_stmt ::="
+    assert docs.count(body) == 1  # a topic of its own, and part of "compound"
+    assert body not in long_text("stdlib")
+
+
 def test_a_file_is_read_as_it_is(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("Ein Übungstext.\n", encoding="utf-8")
@@ -150,7 +159,7 @@ def test_a_file_is_read_as_it_is(tmp_path):
 
 
 def test_an_unknown_text_lists_what_there_is():
-    with pytest.raises(ValueError, match="unknown text 'kvj': use kjv, stdlib or the path"):
+    with pytest.raises(ValueError, match="unknown text 'kvj': use kjv, stdlib, pydoc or the path"):
         long_text("kvj")
 
 
