@@ -12,9 +12,10 @@ O(T^2 / chunk), the others O(T). In decoding every stage runs at an interval of 
 between its runs the later ones work on what it left.
 
 Source: InfiniteHiP (arXiv:2502.08910), its pruning only: no position extension, no offloading.
-`variant="released"` equals what the authors' code v1.2 computed: there, chunks that lie in the
-window already compete too, and a scan may read keys after the query block when the window is
-shorter than two of the first chunks. By default neither happens.
+`variant="released"` keeps what the authors' code v1.2 kept: there, chunks that lie in the window
+already compete too; a scan may read keys after the query block if the window is shorter than two of
+the first chunks; and if those are shorter than the block, keys just before the window of its last
+rows are no candidates. By default none of this happens.
 """
 
 from __future__ import annotations

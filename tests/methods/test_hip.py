@@ -63,10 +63,9 @@ def plain_list(scores, method, block):
     if n_leaves <= keep:
         return list(range(n_leaves))
     block_rows = list(range(block * method.block_q, end))
-    # A stride that the end cuts short still has its last row.
-    rows = sorted(set(block_rows[method.stride_q - 1 :: method.stride_q]) | {block_rows[-1]})
-    if len(block_rows) % method.stride_q == 0:
-        rows = block_rows[method.stride_q - 1 :: method.stride_q]
+    rows = block_rows[method.stride_q - 1 :: method.stride_q]
+    if len(block_rows) % method.stride_q:  # a stride that the end cuts short has its last row
+        rows.append(block_rows[-1])
 
     def score_of(leaf):
         best = torch.finfo(torch.float32).min
