@@ -64,7 +64,8 @@ def patch(
     """Run the prefill of `model` through a sparse method, from now on.
 
     A call runs sparse when it is a causal prefill without gradients that the method can handle, row
-    by row without its padding. Every other call runs exact attention and is counted by reason.
+    by row without its padding; decode steps do with the methods that choose keys for them, too
+    (`hip`, `infinite_hip`). Every other call runs exact attention and is counted by reason.
 
     Args:
         model: a Transformers decoder model, or a wrapper that holds one. Of a vision-language model

@@ -81,7 +81,7 @@ class Report:
     @property
     def decode_density(self) -> float | None:
         """Kept / causal over all sparse decode steps; None without any."""
-        return self._mean("decode_density")
+        return self._mean("decode_density", decode=True)
 
     @property
     def exact(self) -> dict[str, int]:
@@ -91,16 +91,13 @@ class Report:
             total.update(layer.exact)
         return dict(total.most_common())
 
-    def _mean(self, what: str) -> float | None:
-        decode = what == "decode_density"
-        weighted = [
-            (
-                getattr(layer, what),
-                layer.decode_calls if decode else layer.sparse_calls - layer.decode_calls,
-            )
-            for layer in self.layers
-            if getattr(layer, what) is not None
-        ]
+    def _mean(self, what: str, decode: bool = False) -> float | None:
+        weighted = []
+        for layer in self.layers:
+            value = getattr(layer, what)
+            if value is not None:
+                prefill_calls = layer.sparse_calls - layer.decode_calls
+                weighted.append((value, layer.decode_calls if decode else prefill_calls))
         calls = sum(weight for _, weight in weighted)
         return sum(value * weight for value, weight in weighted) / calls if calls else None
 

@@ -16,6 +16,7 @@ from sparse_patch_kernels import (
 )
 from torch import Tensor, nn
 
+from .decoding import DecodeStep
 from .diagnostics import recall
 from .registry import Method
 
@@ -44,11 +45,6 @@ REASONS: dict[str, str | None] = {
     "non-finite": "q or k holds NaN or infinity; the model or its input is broken",
     "no backend": "no sparse backend runs on this device yet",
 }
-
-
-# Newest keys that must be the same before a decode step counts as the next of the one before. One
-# would tell sequences apart, but for the first layer: its keys know their token and place only.
-_TAIL = 16
 
 
 class SparsePatchWarning(UserWarning):
@@ -88,31 +84,6 @@ class LayerStats:
     recall: float = 0.0
     measured: int = 0
     exact: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """The last decode step of one batch row: the method's memory, and what it was a memory of."""
-
-    memory: Any
-    kv_len: int
-    tail: Tensor
-
-    @classmethod
-    def of(cls, k: Tensor, memory: Any) -> DecodeStep:
-        return cls(memory, k.shape[1], k[:, -_TAIL:].clone())
-
-    def leads_to(self, k: Tensor) -> bool:
-        """Is `k [kv_heads, kv_len, dim]` the same sequence with one key more?
-
-        It is not after beams were reordered, the cache was cropped, or another text came in.
-        """
-        before = k[:, :-1][:, -_TAIL:]
-        return (
-            k.shape[1] == self.kv_len + 1
-            and (before.dtype, before.device) == (self.tail.dtype, self.tail.device)
-            and torch.equal(before, self.tail)
-        )
 
 
 @dataclass

@@ -13,9 +13,10 @@ from sparse_patch_kernels import BlockPlan
 import sparse_patch
 from sparse_patch import SparsePatchWarning
 from sparse_patch.attention import STATE, attention_function
+from sparse_patch.decoding import DecodeStep
 from sparse_patch.methods import hip
 from sparse_patch.registry import Method
-from sparse_patch.routing import DecodeStep
+from tests.test_matrix import SPARSE_LAYERS
 from tests.zoo import FAMILIES, tiny_model
 
 LAYERS = 4
@@ -33,15 +34,6 @@ STAGES = {
     **ANY,
 }
 METHODS = [("hip", HIP), ("infinite_hip", STAGES)]
-# Families whose every layer slides or is chunked, caps its logits or has sinks never decode sparse.
-SPARSE_LAYERS = {
-    "mistral_swa": 0,
-    "gemma2": 0,
-    "gpt_oss": 0,
-    "gemma3": 2,
-    "cohere2": 2,
-    "llama4_text": 2,
-}
 
 
 @dataclass(frozen=True)
@@ -357,10 +349,14 @@ def test_a_compiled_model_decodes_sparse_too(llama):
     del llama.model.layers[1:]  # compiling takes long
     llama.config.num_hidden_layers = 1
     ids, extra = left_padded([tokens(length=n, seed=n)[0] for n in (100, 90)])
-    steps = tokens(batch=2, length=2, seed=1)
-    with sparse_patch.patch(llama, "hip", **HIP) as handle:
-        want = decode(llama, ids, steps, **extra)
-        got = decode(torch.compile(llama, backend="eager"), ids, steps, **extra)
+    token = tokens(batch=2, length=1, seed=1)
+    with sparse_patch.patch(llama, "hip", **HIP) as handle, torch.no_grad():
+        want = decode(llama, ids, token, **extra)
+        cache = llama(ids, use_cache=True, **extra).past_key_values
+        mask = torch.cat([extra["attention_mask"], torch.ones(2, 1).long()], 1)
+        more = {"attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1}
+        compiled = torch.compile(llama, backend="eager")
+        got = compiled(token, past_key_values=cache, **more).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
-    assert handle.report().decode_calls == 2 * 2 * 2
+    assert handle.report().decode_calls == 2 * 2
     torch._dynamo.reset()

@@ -12,9 +12,10 @@ O(T^2 / chunk), the others O(T). In decoding every stage runs at an interval of 
 between its runs the later ones work on what it left.
 
 Source: InfiniteHiP (arXiv:2502.08910), its pruning only: no position extension, no offloading.
-`variant="released"` equals what the authors' code v1.2 computed: there, chunks that lie in the
-window already compete too, and a scan may read keys after the query block when the window is
-shorter than two of the first chunks. By default neither happens.
+`variant="released"` keeps what the authors' code v1.2 kept: there, chunks that lie in the window
+already compete too; a scan may read keys after the query block if the window is shorter than two of
+the first chunks; and if those are shorter than the block, keys just before the window of its last
+rows are no candidates. By default none of this happens.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class InfiniteHip(Method):
     refresh: tuple[int, ...] = param(
         (16, 8, 4), "decode steps from run to run of each stage; all 0: decode is exact"
     )
-    early_layers: int = param(3, "so many first layers end with `early_keep` tokens", least=0)
-    early_keep: int = param(4096, "tokens kept by the last stage in early layers", least=1)
+    early_layers: int = param(3, "so many first layers keep more at the end", least=0)
+    early_keep: int = param(4096, "tokens kept at least by the last stage there", least=1)
     block_q: int = param(64, "query rows that share a list", least=1)
     sink: int = param(256, "first tokens that every query keeps", least=0)
     window: int = param(
@@ -90,7 +91,8 @@ class InfiniteHip(Method):
     def for_layer(self, layer: int) -> InfiniteHip:
         if layer >= self.early_layers:
             return self
-        return dataclasses.replace(self, keep=(*self.keep[:-1], self.early_keep))
+        last = max(self.keep[-1], self.early_keep)
+        return dataclasses.replace(self, keep=(*self.keep[:-1], last))
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
         """See Method.plan; None up to `sink + window` keys and the least that a stage keeps."""
@@ -115,21 +117,23 @@ class InfiniteHip(Method):
     def decode(
         self, q: Tensor, k: Tensor, *, scale: float, memory: Any
     ) -> tuple[BlockPlan | None, Any]:
-        """See Method.decode; stages run when their time has come, and all that follow them."""
+        """See Method.decode; a stage runs when its time has come, or with one before it.
+
+        The memory is the number of steps so far, that of keys when the first stage last ran, and
+        what each stage passed on.
+        """
         kv_len = k.shape[1]
         if self._keeps_all(kv_len):
             return None, None
-        lists: tuple[Tensor, ...] = ()
-        step, built = 0, kv_len
-        if memory is not None:
-            step, built, lists = memory.step + 1, memory.built, memory.lists
+        lists: tuple[Tensor, ...]
+        step, built, lists = memory or (0, kv_len, ())
         due = [stage for stage, every in enumerate(self.refresh) if step % every == 0]
         if due:
             lists = self._run_stages(q, k, scale, kv_len - 1, lists[: due[0]])
-            built = kv_len if due[0] == 0 else built
+            built = built if due[0] else kv_len
         # What leaves the window after the first stage has run is in no list: it stays in view.
         plan = self._plan_of(lists[-1], 1, kv_len, self._window + kv_len - built)
-        return plan, _Memory(step, built, lists)
+        return plan, (step + 1, built, lists)
 
     @property
     def _window(self) -> int:
@@ -195,21 +199,6 @@ class InfiniteHip(Method):
         return (kept[..., None] + parts).flatten(-2).clamp(max=_NONE)
 
 
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    """What decoding keeps from step to step.
-
-    Attributes:
-        step: steps since the first stage ran first.
-        built: keys when the first stage ran last.
-        lists: what each stage passed on, see `_run_stages`.
-    """
-
-    step: int
-    built: int
-    lists: tuple[Tensor, ...]
-
-
 def _group_rows(q: Tensor, block: int, stride: int) -> Tensor:
     """`[heads, rows, dim]` -> `[heads, blocks, groups, dim]`: means of `stride` rows.
 
@@ -246,7 +235,8 @@ class _Scan:
         left = starts.expand(self.queries.shape[0], -1, -1)
         right = torch.minimum(left + chunk, self.end)
         best = torch.full(left.shape, float("-inf"), device=left.device)
-        for _ in range(chunk.bit_length()):  # floor(log2(chunk)) + 1
+        # The authors scan once more where nothing is left to halve: that key has been scored.
+        for _ in range(max(1, (chunk - 1).bit_length())):
             active = (left < right) & (left <= self.limit)
             middle = (left + right) // 2
             keys = torch.stack([(left + middle) // 2, (middle + right) // 2], -1)

@@ -1,12 +1,9 @@
 """HiP against the authors' own lists and a plain search, and what must hold beyond them."""
 
-import hashlib
 import itertools
-import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from sparse_patch_kernels import block_sparse_attention
@@ -15,26 +12,10 @@ from sparse_patch import get_method
 from sparse_patch.diagnostics import recall
 from sparse_patch.methods import hip
 from tests.golden.gen_inputs_hip import make_inputs
+from tests.methods.hip_cases import decode_steps, fresh_mask, integers, lists, load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("hip11*.npz"))
-
-
-def load(path):
-    """The golden arrays, their config, and q, k, v; the digests say that the inputs are theirs."""
-    golden = np.load(path)
-    config = json.loads(str(golden["config"]))
-    arrays = make_inputs(config["seed"], config["T"], config["H"], config["Hkv"])
-    arrays = (arrays[0][:, -config["Tq"] :], *arrays[1:])
-    digests = [hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest() for a in arrays]
-    assert [d[:16] for d in digests] == config["sha"]
-    return golden, config, [torch.tensor(a) for a in arrays]
-
-
-def lists(plan, heads):
-    """int `[heads, query blocks, n]`: starts, -1 where the list has ended."""
-    (run,) = plan.runs
-    return run.expand(heads)[0].masked_fill(~run.valid(heads), -1)
 
 
 def test_all_golden_files_are_here():
@@ -82,10 +63,9 @@ def plain_list(scores, method, block):
     if n_leaves <= keep:
         return list(range(n_leaves))
     block_rows = list(range(block * method.block_q, end))
-    # A stride that the end cuts short still has its last row.
-    rows = sorted(set(block_rows[method.stride_q - 1 :: method.stride_q]) | {block_rows[-1]})
-    if len(block_rows) % method.stride_q == 0:
-        rows = block_rows[method.stride_q - 1 :: method.stride_q]
+    rows = block_rows[method.stride_q - 1 :: method.stride_q]
+    if len(block_rows) % method.stride_q:  # a stride that the end cuts short has its last row
+        rows.append(block_rows[-1])
 
     def score_of(leaf):
         best = torch.finfo(torch.float32).min
@@ -108,12 +88,6 @@ def plain_list(scores, method, block):
         nodes = sorted(halves[i] for i in order[: keep if last else chunks])
         if last:
             return [s for s, _ in nodes]
-
-
-def integers(heads, n, dim=8, seed=0):
-    """Small whole numbers: every order of sums gives the same score, and many scores tie."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-3, 4, (heads, n, dim), generator=generator).float()
 
 
 SMALL = {"block_q": 16, "block_k": 4, "mask_k": 32, "sink": 4, "window": 16}
@@ -341,27 +315,14 @@ def test_bad_parameters_are_named(params, message):
 # --- decoding, step by step ----------------------------------------------------------------------
 
 
-def steps(method, q, k, first, n):
-    """Plans of `n` decode steps, the first at `first` keys."""
-    memory = None
-    for kv_len in range(first, first + n):
-        plan, memory = method.decode(
-            q[:, kv_len - 1 : kv_len], k[:, :kv_len], scale=1.0, memory=memory
-        )
-        yield plan
-
-
 def test_no_token_falls_between_a_list_that_is_reused_and_the_window():
     q, k = integers(4, 400, seed=1), integers(2, 400, seed=2)
     method = get_method("hip", refresh=5, **SMALL)
     edges, before = [], None
-    for i, plan in enumerate(steps(method, q, k, 300, 20)):
+    for i, plan in enumerate(decode_steps(method, q, k, 300, 20)):
         mask = plan.to_dense_mask()[:, 0]
         if i % 5 == 0:
-            fresh = method.plan(
-                q[:, 299 + i][:, None], k[:, : 300 + i], scale=1.0, q_offset=299 + i
-            )
-            assert torch.equal(mask, fresh.to_dense_mask()[:, 0])
+            assert torch.equal(mask, fresh_mask(method, q, k, 300 + i))
         else:  # what was seen before, and the new token
             assert torch.equal(mask, torch.cat([before, torch.ones(4, 1, dtype=torch.bool)], 1))
         before = mask
@@ -377,7 +338,7 @@ def test_a_list_is_made_anew_every_so_many_steps(monkeypatch):
         "_search",
         lambda self, q, k, s: searched.append(k.shape[1]) or search(self, q, k, s),
     )
-    list(steps(get_method("hip", refresh=8, **SMALL), q, k, 300, 25))
+    list(decode_steps(get_method("hip", refresh=8, **SMALL), q, k, 300, 25))
     assert searched == [300, 308, 316, 324]
 
 
@@ -386,12 +347,12 @@ def test_a_decode_step_with_a_fresh_list_equals_the_last_row_of_a_prefill():
     q, k = integers(4, 400, seed=1), integers(2, 400, seed=2)
     method = get_method("hip", stride_q=1, **{**SMALL, "block_q": 1})
     whole = lists(method.plan(q, k, scale=1.0, q_offset=0), 4)
-    (plan,) = steps(get_method("hip", **SMALL), q, k, 400, 1)
+    (plan,) = decode_steps(get_method("hip", **SMALL), q, k, 400, 1)
     assert torch.equal(lists(plan, 4)[:, 0], whole[:, -1])
 
 
 def test_decode_is_exact_while_all_is_kept_and_then_begins():
     q, k = integers(2, 60, seed=1), integers(2, 60, seed=2)
-    plans = list(steps(get_method("hip", **SMALL), q, k, 48, 10))
+    plans = list(decode_steps(get_method("hip", **SMALL), q, k, 48, 10))
     assert [plan is None for plan in plans] == [True] * 5 + [False] * 5
     assert not get_method("hip", refresh=0).sparse_decode

@@ -1,11 +1,8 @@
 """InfiniteHiP against what the authors' code keeps and a plain scan, and what must hold beyond."""
 
-import hashlib
-import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from sparse_patch_kernels import block_sparse_attention
@@ -13,21 +10,10 @@ from sparse_patch_kernels import block_sparse_attention
 from sparse_patch import get_method
 from sparse_patch.diagnostics import recall
 from sparse_patch.methods import infinite_hip
-from tests.golden.gen_inputs_hip import make_inputs
+from tests.methods.hip_cases import decode_steps, fresh_mask, integers, lists, load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("hip12*.npz"))
-
-
-def load(path):
-    """The golden arrays, their config, and q, k, v; the digests say that the inputs are theirs."""
-    golden = np.load(path)
-    config = json.loads(str(golden["config"]))
-    arrays = make_inputs(config["seed"], config["T"], config["H"], config["Hkv"])
-    arrays = (arrays[0][:, -config["Tq"] :], *arrays[1:])
-    digests = [hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest() for a in arrays]
-    assert [d[:16] for d in digests] == config["sha"]
-    return golden, config, [torch.tensor(a) for a in arrays]
 
 
 def method_of(config, **params):
@@ -135,12 +121,6 @@ def plain_scan(scores, left, chunk, limit, end):
     return best
 
 
-def integers(heads, n, dim=8, seed=0):
-    """Small whole numbers: every order of sums gives the same score, and many scores tie."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-3, 4, (heads, n, dim), generator=generator).float()
-
-
 SMALL = {
     "block_q": 16,
     "chunks": (16, 8, 4),
@@ -149,12 +129,6 @@ SMALL = {
     "sink": 4,
     "window": 32,
 }
-
-
-def lists(plan, heads):
-    """int `[heads, query blocks, n]`: starts, -1 where the list has ended."""
-    (run,) = plan.runs
-    return run.expand(heads)[0].masked_fill(~run.valid(heads), -1)
 
 
 @pytest.mark.parametrize("variant", ["corrected", "released"])
@@ -263,6 +237,8 @@ def test_the_first_layers_keep_more():
     method = get_method("infinite_hip")
     kept = [method.for_layer(layer).keep[-1] for layer in range(5)]
     assert kept == [4096, 4096, 4096, 2048, 2048]
+    large = get_method("infinite_hip", keep=(32768, 16384, 8192))
+    assert large.for_layer(0) == large
     assert get_method("infinite_hip", early_layers=0).for_layer(0).keep[-1] == 2048
 
 
@@ -290,16 +266,6 @@ def test_bad_parameters_are_named(params, message):
 # --- decoding, step by step ----------------------------------------------------------------------
 
 
-def steps(method, q, k, first, n):
-    """Plans of `n` decode steps, the first at `first` keys."""
-    memory = None
-    for kv_len in range(first, first + n):
-        plan, memory = method.decode(
-            q[:, kv_len - 1 : kv_len], k[:, :kv_len], scale=1.0, memory=memory
-        )
-        yield plan
-
-
 def test_each_stage_runs_at_its_own_interval_and_takes_the_later_ones_along(monkeypatch):
     q, k = integers(2, 400, seed=1), integers(2, 400, seed=2)
     ran, prune = [], infinite_hip.InfiniteHip._prune
@@ -310,7 +276,7 @@ def test_each_stage_runs_at_its_own_interval_and_takes_the_later_ones_along(monk
 
     monkeypatch.setattr(infinite_hip.InfiniteHip, "_prune", counting)
     method = get_method("infinite_hip", **SMALL, refresh=(8, 4, 2))
-    decoding = steps(method, q, k, 300, 17)
+    decoding = decode_steps(method, q, k, 300, 17)
     for _ in range(17):
         ran.append([])
         next(decoding)
@@ -318,18 +284,16 @@ def test_each_stage_runs_at_its_own_interval_and_takes_the_later_ones_along(monk
     assert ran == [*once, *once, [0, 1, 2]]
 
 
-@pytest.mark.parametrize("lists", ["shared", "each"])
-def test_no_token_falls_between_a_list_that_is_reused_and_the_window(lists):
+@pytest.mark.parametrize("share", ["shared", "each"])
+def test_no_token_falls_between_a_list_that_is_reused_and_the_window(share):
     """Stages that run between see the candidates of the first one, so the edge stays as it was."""
     q, k = integers(4, 400, seed=1), integers(2, 400, seed=2)
-    method = get_method("infinite_hip", **SMALL, refresh=(8, 4, 2), lists=lists)
+    method = get_method("infinite_hip", **SMALL, refresh=(8, 4, 2), lists=share)
     edges, before = [], None
-    for i, plan in enumerate(steps(method, q, k, 300, 24)):
+    for i, plan in enumerate(decode_steps(method, q, k, 300, 24)):
         mask = plan.to_dense_mask()[:, 0]
         if i % 8 == 0:
-            row = slice(299 + i, 300 + i)
-            fresh = method.plan(q[:, row], k[:, : 300 + i], scale=1.0, q_offset=299 + i)
-            assert torch.equal(mask, fresh.to_dense_mask()[:, 0])
+            assert torch.equal(mask, fresh_mask(method, q, k, 300 + i))
         elif i % 2:  # what was seen before, and the new token
             assert torch.equal(mask[:, :-1], before)
         before = mask
@@ -345,19 +309,19 @@ def test_the_last_stage_alone_chooses_among_what_the_others_left():
     for kv_len in range(300, 320):
         row = q[:, kv_len - 1 : kv_len]
         memory = method.decode(row, k[:, :kv_len], scale=1.0, memory=memory)[1]
-        first, second, last = memory.lists
+        first, second, last = memory[2]
         assert set(last.flatten().tolist()) <= set(second.flatten().tolist())
         if before is not None:
             assert torch.equal(first, before[0])
             assert torch.equal(second, before[1])
             changed += not torch.equal(last, before[2])
-        before = memory.lists
+        before = memory[2]
     assert changed > 10
 
 
 def test_decode_is_exact_while_all_is_kept_and_then_begins():
     q, k = integers(2, 80, seed=1), integers(2, 80, seed=2)
-    plans = list(steps(get_method("infinite_hip", **SMALL), q, k, 64, 10))
+    plans = list(decode_steps(get_method("infinite_hip", **SMALL), q, k, 64, 10))
     assert [plan is None for plan in plans] == [True] * 5 + [False] * 5
     assert get_method("infinite_hip").sparse_decode
     assert not get_method("infinite_hip", refresh=(0, 0, 0)).sparse_decode
