@@ -5,10 +5,11 @@ lines) and of each distance (slash lines). If block-pooled attention agrees with
 (Jensen-Shannon distance < tau), blocks are taken from the pooled map until `gamma` of its mass is
 in; otherwise the lines that carry `gamma` of the probe's mass are kept, whole blocks at a time.
 
-Source: FlexPrefill (arXiv:2502.20766, ICLR 2025); defaults and every detail of
+Source: FlexPrefill (arXiv:2502.20766, ICLR 2025); parameters and every detail of
 `variant="released"` follow the authors' code (bytedance/FlexPrefill), where it and the paper differ
-too. `variant="corrected"` repairs two slips of it: budgets are counted in blocks of `block_size`,
-not of a literal 128, and the probe uses the scale of the model, not always 1/sqrt(dim).
+too. By default two slips of it are repaired: budgets are counted in blocks of `block_size`, not of
+a literal 128, and the probe uses the scale of the model, not always 1/sqrt(dim). With blocks of 128
+and the usual scale, both select the same.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class FlexPrefill(Method):
     )
     block_size: int = param(128, "tokens per block", choices=(16, 32, 64, 128))
     variant: str = param(
-        "released", "the authors' code, or its repair", choices=("released", "corrected")
+        "corrected", "the authors' code, or its repair", choices=("released", "corrected")
     )
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:

@@ -38,7 +38,7 @@ def test_golden(path):
     golden = np.load(path)
     config = json.loads(str(golden["config"]))
     q, k, v = tensors(load_inputs(config["inputs"], str(GOLDEN)))
-    params = dict(config["params"])
+    params = {"variant": "released", **config["params"]}
     scale = params.pop("softmax_scale", None) or q.shape[-1] ** -0.5
     params["min_budget"] = params.get("min_budget") or 1  # their None
     want, want_out = torch.tensor(golden["mask"]), torch.tensor(golden["out"])
@@ -101,7 +101,7 @@ def test_exact_where_sparse_makes_no_sense():
 
 def test_corrected_budget_counts_blocks_of_its_own_size():
     q, k = generated()
-    released = plan_of(q, k, tau=0.0)
+    released = plan_of(q, k, tau=0.0, variant="released")
     corrected = plan_of(q, k, tau=0.0, variant="corrected")
     assert corrected.density > released.density
     same = [plan_of(q, k, tau=0.0, block_size=128, variant=v) for v in ("released", "corrected")]
