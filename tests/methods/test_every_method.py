@@ -139,6 +139,21 @@ def test_swapping_kv_groups_swaps_the_plan(name, seed, q_len):
     assert torch.equal(swapped.flip(0), mask)
 
 
+@given(seed=st.integers(0, 10_000), q_len=st.integers(100, 260), offset=st.sampled_from([0, 37]))
+@settings(max_examples=6, deadline=None)
+@pytest.mark.parametrize("name", METHODS)
+def test_grouped_heads_choose_as_if_their_keys_were_repeated(name, seed, q_len, offset):
+    q, k = sequence((4, 2), q_len, offset, seed)
+    # One proxy per KV head is the default: the number has to be said once there are more of them.
+    params = SPARSE[name] | ({"n_proxy": 2} if name == "proxyattn" else {})
+    method = get_method(name, **params)
+    grouped, repeated = (
+        method.plan(q, keys, scale=DIM**-0.5, q_offset=offset)
+        for keys in (k, k.repeat_interleave(2, 0))
+    )
+    assert torch.equal(token_mask(grouped, q, k), token_mask(repeated, q, k))
+
+
 @given(shape=shapes)
 @settings(max_examples=6, deadline=None)
 @pytest.mark.parametrize("name", METHODS)
