@@ -36,9 +36,9 @@ def patch(model, **options):
     return sparse_patch.patch(model, "dense", block_size=16, min_length=0, min_queries=0, **options)
 
 
-def batch():
+def batch(length=LENGTH):
     generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(6, 128, (2, LENGTH), generator=generator)
+    ids = torch.randint(6, 128, (2, length), generator=generator)
     mask = torch.ones_like(ids)
     ids[0, :PADS], mask[0, :PADS] = 0, 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

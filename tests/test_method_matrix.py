@@ -10,10 +10,10 @@ import torch
 
 import sparse_patch
 from tests.methods.examples import KEEP_ALL, SPARSE
-from tests.test_matrix import SPARSE_LAYERS
+from tests.test_matrix import PADS, SPARSE_LAYERS, batch, logits
 from tests.zoo import FAMILIES, tiny_model
 
-LENGTH, PADS = 150, 13
+LENGTH = 150
 
 
 @functools.cache  # a patch leaves no trace: tests/test_matrix.py holds that for every family
@@ -23,20 +23,7 @@ def model_of(family):
 
 @functools.cache
 def eager(family):
-    return logits(model_of(family), **batch())
-
-
-def batch():
-    ids = torch.randint(6, 128, (2, LENGTH), generator=torch.Generator().manual_seed(7))
-    mask = torch.ones_like(ids)
-    ids[0, :PADS], mask[0, :PADS] = 0, 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-
-
-@torch.no_grad()
-def logits(model, **inputs):
-    return model(**inputs).logits
+    return logits(model_of(family), **batch(LENGTH))
 
 
 def patch(model, name, params):
@@ -56,13 +43,13 @@ def name(request):
 
 def test_keeping_everything_equals_eager(family, name):
     with patch(model_of(family), name, KEEP_ALL[name]):
-        got = logits(model_of(family), **batch())
-    real = batch()["attention_mask"].bool()
+        got = logits(model_of(family), **batch(LENGTH))
+    real = batch(LENGTH)["attention_mask"].bool()
     assert (got - eager(family))[real].abs().max() <= 1e-5
 
 
 def test_a_padded_row_chooses_as_the_row_alone(family, name):
-    inputs = batch()
+    inputs = batch(LENGTH)
     model = model_of(family)
     with patch(model, name, SPARSE[name]) as handle:
         padded = logits(model, **inputs)[0, PADS:]
