@@ -51,8 +51,8 @@ def _count(name: str, low: int = 16, high: int = 1 << 17, **fixed: Any) -> Knob:
 
 
 def _minference(x: float) -> dict[str, Any]:
-    """Vertical and slash lines, in the proportion of the defaults."""
-    return {"vertical": max(1, round(1000 * x)), "slash": max(1, round(6096 * x))}
+    """Vertical and slash lines, in the proportion of the defaults; it takes 30 and 50 at least."""
+    return {"vertical": max(30, round(1000 * x)), "slash": max(50, round(6096 * x))}
 
 
 def _infinite_hip(x: float) -> dict[str, Any]:
@@ -66,24 +66,29 @@ def _psa(x: float) -> dict[str, Any]:
     return {"thresholds": tuple(round(x + n * (1 - x) / 5, 5) for n in range(4))}
 
 
-# Budgets of the defaults (1024 or 2048 tokens) are made for far longer prompts: at 4k they alone
-# would keep half of it.
+def _flashprefill(x: float) -> dict[str, Any]:
+    return {"sink_blocks": 1, "local_blocks": 2, "dense_rows": 0, "alpha": float(f"{x:.4g}")}
+
+
+# What is fixed here are budgets and forced blocks that are made for far longer prompts: at 4k they
+# alone would keep a quarter to a half. Sparge's own similarity takes almost every block of a small
+# model for unlike itself, and computes it.
 KNOBS: dict[str, Knob] = {
     "a_shape": _count("window", sink=64),
     "dhsa": _count("topk", 1, 2048),
-    "flashprefill": Knob(lambda x: {"alpha": float(f"{x:.4g}")}, 1e-4, 1.0, falling=True),
+    "flashprefill": Knob(_flashprefill, 1e-4, 1.0, falling=True),
     "flexprefill": _share(min_budget=128),
     "hip": _count("mask_k", 8),
     "infinite_hip": Knob(_infinite_hip, 0.004, 16.0),
     "mean_pool": _share(),
-    "minference": Knob(_minference, 0.01, 20.0),
-    "moba": _count("topk", 1, 2048, chunk_size=128),
+    "minference": Knob(_minference, 0.008, 20.0),
+    "moba": _count("topk", 1, 2048, chunk_size=64),
     "pbs": _share("tau"),
     "power": _count("local_blocks", 1, 2048, block_size=64),
     "prism": _share(),
     "proxyattn": _share(min_budget=256),
     "psa": Knob(_psa, 0.02, 0.9999),
-    "sparge": _share(),
+    "sparge": _share(similarity=0.2),
     "strided": _share(),
     "tri_shape": _count("window", sink=64),
     "xattention": _share(),
