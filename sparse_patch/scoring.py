@@ -114,6 +114,7 @@ def token_scores(
     scale: float,
     *,
     block: int,
+    block_k: int | None = None,
     stride_q: int = 1,
     stride_k: int = 1,
     reduce: str = "sum",
@@ -126,7 +127,8 @@ def token_scores(
     Args:
         q: `[heads, q_len, dim]`, the last rows of the sequence.
         k: `[kv_heads, kv_len, dim]`.
-        block: tokens per block; `stride_k` divides it.
+        block: tokens per block.
+        block_k: tokens per key block, where that is another; `stride_k` divides it.
         stride_q, stride_k: keep every so many queries, keys.
         reduce: what a block is worth: the "sum" of its probabilities; their "max"; or the "rms",
             root mean square over the sampled queries of what each gives the block, which puts a
@@ -137,10 +139,11 @@ def token_scores(
         -inf where no sampled query sees a sampled key.
     """
     offset, kv_len = k.shape[1] - q.shape[1], k.shape[1]
-    shape = (-(-kv_len // block) - offset // block, -(-kv_len // block))
+    block_k = block_k or block
+    shape = (-(-kv_len // block) - offset // block, -(-kv_len // block_k))
     result = torch.full((q.shape[0], *shape), float("-inf"), device=q.device)
     for first, block_of, logits in _tiles(q, k, scale, block, stride_q, stride_k):
-        pooled = _pool_rows(logits, block_of, block // stride_k, reduce)
+        pooled = _pool_rows(logits, block_of, block_k // stride_k, reduce)
         result[:, first : first + pooled.shape[1], : pooled.shape[2]] = pooled
     return result
 

@@ -47,6 +47,9 @@ class Strided(BlockScorer):
     )
     local_blocks: int = param(2, "latest blocks that a row keeps, its own included", least=1)
     stride: int = param(16, "score every so many queries", choices=(1, 2, 4, 8, 16))
+    key_block: int | None = param(
+        None, "tokens per key block, a part of block_size; None: block_size", least=1, kind=int
+    )
     weigh: str = param(
         "sum", "a block's worth over the sampled queries", choices=("sum", "rms", "max")
     )
@@ -56,6 +59,18 @@ class Strided(BlockScorer):
         choices=("head", "group"),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size % self.block_k:
+            raise ValueError(
+                f"Strided: key_block={self.key_block} must divide block_size={self.block_size}"
+            )
+
+    @property
+    def block_k(self) -> int:
+        """Tokens per key block."""
+        return self.key_block or self.block_size
+
     def block_scores(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> Tensor:
         return self._scores_of_rows(q, k, scale, self.stride)
 
@@ -63,7 +78,13 @@ class Strided(BlockScorer):
         if self.rank == "group":
             q = proxy_heads(q, k.shape[0])
         return token_scores(
-            q, k.to(q.dtype), scale, block=self.block_size, stride_q=stride, reduce=self.weigh
+            q,
+            k.to(q.dtype),
+            scale,
+            block=self.block_size,
+            block_k=self.block_k,
+            stride_q=stride,
+            reduce=self.weigh,
         )
 
     def ranking_to_test(

@@ -114,3 +114,23 @@ def test_more_gamma_keeps_more():
         for g in (0.5, 0.7, 0.9)
     ]
     assert plans[0].density < plans[1].density < plans[2].density < 1
+
+
+@pytest.mark.parametrize("offset", [0, 37])
+def test_key_blocks_may_be_smaller_than_query_blocks(offset):
+    """The same rows, summed into smaller pieces; the choice is then finer."""
+    q, k = structured(512)
+    q = q[:, offset:]
+    coarse, fine = (scores_of(q, k, offset, key_block=n).exp() for n in (32, 8))
+    summed = fine.view(*coarse.shape, 4).sum(-1)
+    torch.testing.assert_close(summed, coarse, atol=1e-5, rtol=1e-4)
+    method = get_method("strided", block_size=BLOCK, key_block=8, gamma=0.7)
+    plan = method.plan(q, k, scale=0.125, q_offset=offset)
+    assert plan.runs[0].width == 8
+    row = torch.arange(512 - offset)
+    assert bool(plan.to_dense_mask()[:, row, row + offset].all())
+
+
+def test_a_key_block_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="key_block=24 must divide block_size=128"):
+        get_method("strided", key_block=24)
