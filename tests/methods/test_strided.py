@@ -134,3 +134,13 @@ def test_key_blocks_may_be_smaller_than_query_blocks(offset):
 def test_a_key_block_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match="key_block=24 must divide block_size=128"):
         get_method("strided", key_block=24)
+
+
+def test_the_fine_preset_lists_pieces_of_16_keys_and_keeps_the_last_rows_dense():
+    q, k = structured(1024)
+    plan = get_method("strided", preset="fine", gamma=0.8).plan(q, k, scale=0.125, q_offset=0)
+    assert (plan.block_q, plan.runs[0].width) == (64, 16)
+    mask = plan.to_dense_mask()
+    assert plan.density < 1
+    causal = torch.ones(64, 1024, dtype=torch.bool).tril(960)
+    assert bool((mask[:, -64:] == causal).all())
