@@ -151,6 +151,9 @@ class BlockScorer(Method):
         count = count.clamp(min=-(-self.min_budget // self.block_k))
         count = torch.maximum(count, forced.sum(-1))
         count = count.masked_fill(grid.last_rows(self.dense_rows), grid.blocks)
+        if "gamma" in _READS[self.select]:  # a head that asks for all gets what rounds to 0 too
+            whole = per_head(self.gamma, count.shape[0], q.device)[..., 0] >= 1
+            count = count.masked_fill(whole, grid.blocks)
         return order, torch.minimum(count, causal.sum(-1))
 
     def head_budget(self, q: Tensor, k: Tensor, scale: float) -> Tensor:

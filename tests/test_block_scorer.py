@@ -7,6 +7,7 @@ import pytest
 import torch
 from sparse_patch_kernels import block_sparse_attention
 
+import sparse_patch
 from sparse_patch import get_method
 from sparse_patch.block_scorer import BlockScorer
 from tests.golden.gen_inputs import make_qkv
@@ -334,3 +335,17 @@ def test_rectification_lowers_the_error_at_the_same_selection(method, seed):
 def test_rectification_has_nothing_to_add_where_nothing_is_left_out():
     plan = plan_of(torch.zeros(4, 8, 8), select="topk", topk=1, local_blocks=8, rectify="lse")
     assert len(plan.runs) == 1
+
+
+@pytest.mark.parametrize("select", ["top_p", "per_head_budget", "held_out"])
+def test_a_head_with_gamma_1_keeps_all_even_what_weighs_nothing(select):
+    q, k = torch.randn(2, 256, 8), torch.randn(1, 256, 8)
+    k[0, 0] *= 200  # a sink so strong that other blocks' mass is 0 in float32
+    q[:, :, :] = k[0, 0] / k[0, 0].norm() * 8
+    method = sparse_patch.get_method(
+        "xattention", select=select, gamma=(1.0, 0.5), block_size=32, stride=4
+    )
+    mask = method.plan(q, k, scale=1.0, q_offset=0).to_dense_mask()
+    causal = torch.ones(256, 256, dtype=torch.bool).tril()
+    assert torch.equal(mask[0], causal)
+    assert not torch.equal(mask[1], causal)
