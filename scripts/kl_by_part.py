@@ -29,8 +29,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from sparse_patch_eval.ablate import OnlyHeads
+from sparse_patch_eval.answer import exact_share, whole_density
 from sparse_patch_eval.capture import capture
-from sparse_patch_eval.compare import kl_rows, sparse_prefill, whole_density
+from sparse_patch_eval.compare import kl_rows, sparse_prefill
 from sparse_patch_eval.console import console, progress, user_errors
 from sparse_patch_eval.judge import judge, plan_of
 from sparse_patch_eval.models import load
@@ -201,7 +202,8 @@ class _Prompt:
             "kl": float(kl.mean()),
             "kl_bins": [float(part.mean()) for part in kl.tensor_split(BINS)],
             "mass_lost": sum(lost) / self._n_heads,
-            **whole_density(report),
+            "density": whole_density(report),
+            "exact": exact_share(report),
         }
 
 

@@ -14,6 +14,7 @@ and, from the q, k and v that dense layers were given, recall and relative outpu
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
 from sparse_patch import Method, Report
+from sparse_patch_eval.answer import exact_share, likelihood, whole_density
 from sparse_patch_eval.capture import Attention, capture
 from sparse_patch_eval.judge import dense_output, judge, output_error, plan_of
 from sparse_patch_eval.needles import NeedlePrompt
+from sparse_patch_eval.prefill import Prefill
 from sparse_patch_eval.rows import Row
 from sparse_patch_eval.text import encode
 
@@ -103,7 +106,8 @@ def compare(
     errors = [output_error(dense.layers[n], plan, dense.outputs[n]) for n, plan in plans.items()]
     return {
         "seconds": seconds,
-        **whole_density(report),
+        "density": whole_density(report),
+        "exact": exact_share(report),
         "kl": float(kl_rows(dense.logits, logits).mean()),
         "nll": next_token_nll(logits, prompt),
         **needle,
@@ -127,13 +131,6 @@ def sparse_prefill(
         out = model(ids, use_cache=True, logits_to_keep=logits_to_keep)
         seconds = time.perf_counter() - start
     return out, handle.report(), seconds
-
-
-def whole_density(report: Report) -> dict[str, float]:
-    """Density over all layers, and the share of them that ran exact (density 1)."""
-    kept = [1.0 if layer.density is None else layer.density for layer in report.layers]
-    exact = [layer.density is None for layer in report.layers]
-    return {"density": sum(kept) / len(kept), "exact": sum(exact) / len(exact)}
 
 
 def kl_rows(dense: Tensor, sparse: Tensor) -> Tensor:
@@ -172,16 +169,12 @@ def score_needle(
         first: logits `[vocab]` of the prompt's last position.
         cache: of the prompt; the same afterwards.
     """
+    start = Prefill(math.nan, first, cache)
     scores = []
     for number in (prompt.answer, *prompt.others):
-        ids = torch.tensor(encode(tokenizer, f" {number}"), device=first.device)
-        logits = first[None]
-        if len(ids) > 1:
-            out = model(ids[None, :-1], past_key_values=cache, use_cache=True)
-            cache.crop(1 - len(ids))
-            logits = torch.cat([logits, out.logits[0].float()])
-        log_prob = logits.log_softmax(-1).gather(1, ids[:, None]).mean()
-        scores.append((float(log_prob), bool((logits.argmax(-1) == ids).all())))
+        ids = encode(tokenizer, f" {number}")
+        log_prob, greedy = likelihood(model, start, ids)
+        scores.append((log_prob / len(ids), greedy))
     (right, greedy), *others = scores
     margin = right - max(log_prob for log_prob, _ in others)
     return {"needle_nll": -right, "margin": margin, "right": greedy}
