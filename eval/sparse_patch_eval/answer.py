@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
@@ -45,19 +46,21 @@ class Answer:
         texts: one for each generation asked for.
         scores: for each continuation asked for, its log-probability, nats, and whether greedy
             decoding would have written it.
+        tail: float32 `[tail, vocab]`, logits of the prompt's last tokens.
         prefill_seconds: time-to-first-token.
         density: kept / causal over all layers, those that ran exact counted as 1.
+        recall: attention mass kept; None if it was not asked for, or nothing ran sparse.
         exact: exact calls of the prefill by reason; empty without a method.
-        report: of the prefill; None without a method.
     """
 
     tokens: int
     texts: tuple[str, ...]
     scores: tuple[tuple[float, bool], ...]
+    tail: Tensor = field(repr=False, compare=False)
     prefill_seconds: float
     density: float
+    recall: float | None
     exact: dict[str, int]
-    report: Report | None = field(repr=False)
 
 
 @torch.inference_mode()
@@ -70,6 +73,8 @@ def answer(
     patch_options: dict[str, Any] | None = None,
     generations: Sequence[Generation] = (),
     continuations: Sequence[Sequence[int]] = (),
+    tail: int = 1,
+    recall_rows: int = 0,
 ) -> Answer:
     """Prefill a prompt, with `method` or as the model is, and go on from it.
 
@@ -77,6 +82,9 @@ def answer(
         input_ids: the prompt's tokens.
         patch_options: for `sparse_patch.patch`, beside the method.
         continuations: tokens whose likelihood after the prompt is wanted.
+        tail: of how many last tokens of the prompt the logits are wanted.
+        recall_rows: measure recall on about so many query rows a layer, in a second prefill, so
+            that it is not in the time of the first.
 
     Raises:
         ValueError: an empty prompt or continuation, or what `sparse_patch.patch` raises.
@@ -85,18 +93,25 @@ def answer(
         raise ValueError("a prompt and a continuation need at least one token")
     ids = torch.tensor([list(input_ids)], device=model.device)
     with patched(model, method, patch_options) as handle:
-        start = prefill(model, ids)
+        start = prefill(model, ids, kept=tail)
         report = None if handle is None else handle.report()
         scores = tuple(likelihood(model, start, one) for one in continuations)
         texts = tuple(generate(model, tokenizer, start, one) for one in generations)
+    recall = None
+    if recall_rows and method is not None:
+        options = {**(patch_options or {}), "measure_recall": recall_rows}
+        with sparse_patch.patch(model, method, **options) as measuring:
+            prefill(model, ids)
+            recall = measuring.report().recall
     return Answer(
         tokens=ids.shape[1],
         texts=texts,
         scores=scores,
+        tail=start.tail,
         prefill_seconds=start.seconds,
         density=1.0 if report is None else whole_density(report),
+        recall=recall,
         exact={} if report is None else report.exact,
-        report=report,
     )
 
 

@@ -169,7 +169,7 @@ def score_needle(
         first: logits `[vocab]` of the prompt's last position.
         cache: of the prompt; the same afterwards.
     """
-    start = Prefill(math.nan, first, cache)
+    start = Prefill(math.nan, first[None], cache)
     scores = []
     for number in (prompt.answer, *prompt.others):
         ids = encode(tokenizer, f" {number}")

@@ -34,8 +34,8 @@ def user_errors() -> Iterator[None]:
         fail(error)
 
 
-def progress() -> Progress:
-    """A bar with the time gone by and to go."""
+def progress(*, disable: bool = False) -> Progress:
+    """A bar with the time gone by and to go; without one where another process shows it."""
     # Few refreshes: drawing competes with the prefill for the same cores.
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    return Progress(*columns, console=_errors, refresh_per_second=1)
+    return Progress(*columns, console=_errors, refresh_per_second=1, disable=disable)

@@ -41,7 +41,7 @@ def split_method(spec: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(
                 f"--method {spec!r}: {part!r} must be key=value, as in flexprefill:gamma=0.9"
             )
-        params[key.strip()] = _literal(value.strip())
+        params[key.strip()] = literal(value.strip())
     return name.strip(), params
 
 
@@ -108,7 +108,7 @@ def choose_layers(model: PreTrainedModel, layers: slice | tuple[int, ...]) -> li
     return sorted(chosen)
 
 
-def _literal(value: str) -> Any:
+def literal(value: str) -> Any:
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):

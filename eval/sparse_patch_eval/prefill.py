@@ -26,25 +26,34 @@ class Prefill:
 
     Attributes:
         seconds: wall time until the logits of the last prompt token were there.
-        logits: float32 `[vocab]`, for the first new token.
+        tail: float32 `[kept, vocab]`, logits of the last prompt tokens.
         cache: the KV cache, ready to decode from; decoding extends it.
     """
 
     seconds: float
-    logits: Tensor
+    tail: Tensor
     cache: Cache
+
+    @property
+    def logits(self) -> Tensor:
+        """float32 `[vocab]`, for the first new token."""
+        return self.tail[-1]
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, input_ids: Tensor) -> Prefill:
-    """Run `input_ids [1, length]` through `model` and take the time."""
+def prefill(model: PreTrainedModel, input_ids: Tensor, *, kept: int = 1) -> Prefill:
+    """Run `input_ids [1, length]` through `model` and take the time.
+
+    Args:
+        kept: of how many last tokens the logits are wanted.
+    """
     _wait_for(input_ids.device)
     start = time.perf_counter()
-    out = model(input_ids, use_cache=True, logits_to_keep=1)
+    out = model(input_ids, use_cache=True, logits_to_keep=kept)
     first = int(out.logits[0, -1].argmax())  # reading it waits for the device
     seconds = time.perf_counter() - start
     assert first >= 0
-    return Prefill(seconds, out.logits[0, -1].float(), out.past_key_values)
+    return Prefill(seconds, out.logits[0].float(), out.past_key_values)
 
 
 @torch.inference_mode()

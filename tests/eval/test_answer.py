@@ -60,13 +60,14 @@ def test_the_prompt_is_sparse_and_its_answer_is_not(tiny):
         patch_options={"min_length": 0, "min_queries": 8},
         generations=[Generation(3)],
         continuations=[[7, 8]],
+        tail=5,
     )
+    assert found.tail.shape == (5, 256)
     assert 0 < found.density < 1
     assert found.exact == {}
-    assert found.report.calls == model.config.num_hidden_layers
+    assert found.recall is None
     dense = answer(model, tokenizer, PROMPT, continuations=[[7, 8]])
     assert dense.density == 1.0
-    assert dense.report is None
     assert dense.scores != found.scores
 
 
@@ -124,3 +125,13 @@ def test_prefill_can_be_gone_on_from_twice(tiny):
     start = prefill(model, torch.tensor([PROMPT]))
     first = generate(model, tokenizer, start, Generation(5))
     assert generate(model, tokenizer, start, Generation(5)) == first
+
+
+def test_recall_is_measured_when_asked_for(tiny):
+    model, tokenizer = tiny
+    options = {"min_length": 0, "min_queries": 8}
+    found = [
+        answer(model, tokenizer, PROMPT, method=method, patch_options=options, recall_rows=10_000)
+        for method in (get_method("a_shape", sink=4, window=8), get_method("a_shape", window=300))
+    ]
+    assert 0 < found[0].recall < found[1].recall < 1

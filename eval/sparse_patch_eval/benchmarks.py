@@ -1,0 +1,184 @@
+"""What `--tasks` takes, and the units that it means.
+
+Three kinds: our own tasks, made offline (`tasks`); perplexity, which lm-eval cannot pair with dense
+(`text_unit`); and the benchmarks of the hub (`hub`). Any other task of lm-eval works by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_patch_eval.hub import HUB, load_tasks, truncate_middle
+from sparse_patch_eval.lm_unit import LmUnit, keep_end
+from sparse_patch_eval.tasks import OFFLINE, TASKS_FOLDER
+from sparse_patch_eval.text_unit import TextUnit
+from sparse_patch_eval.units import Unit
+
+PERPLEXITY = "perplexity"
+# Of `perplexity`, without a name behind it. Documentation and source have long-range structure.
+PERPLEXITY_TEXTS = ("kjv", "stdlib")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured.
+
+    Attributes:
+        tasks: names, as `--tasks` takes them.
+        lengths: of prompts, tokens, for tasks that have lengths.
+        limit: samples a task and length; None for all that there are (500 of generated tasks, as in
+            RULER).
+        seed: chooses the samples of generated tasks.
+        model: as `--model` takes it: its tokenizer sizes the prompts.
+        task_args: more parameters for the generators.
+        data_dir: folder with the data of hub benchmarks; None for the hub itself.
+        chat_template: whether prompts go through the tokenizer's chat template.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    model: str
+    limit: int | None = 20
+    seed: int = 0
+    task_args: dict[str, Any] = field(default_factory=dict)
+    data_dir: Path | None = None
+    chat_template: bool = False
+
+
+def build_units(wanted: Wanted, lm: Any) -> list[Unit]:
+    """The units, in the order of `--tasks`, each at every length before the next task.
+
+    Args:
+        lm: the model, a `SparsePatchLM`.
+
+    Raises:
+        ValueError: an unknown task, a length that the model or a task does not take, lengths
+            missing.
+        FetchError: data of the hub cannot be had; says what to download.
+        ImportError: a package is missing; says what to install.
+    """
+    too_long = [length for length in wanted.lengths if length > lm.max_length]
+    if too_long:
+        raise ValueError(
+            f"--lengths {', '.join(map(str, too_long))}: the model takes {lm.max_length} tokens"
+        )
+    found: list[Unit] = []
+    for name in dict.fromkeys(wanted.tasks):
+        found += _units(name, wanted, lm)
+    return found
+
+
+def check_names(wanted: Wanted) -> None:
+    """What can be known without a model: names, lengths given where they are needed.
+
+    Raises:
+        ValueError: an unknown task, or a task with lengths without `--lengths`.
+    """
+    if not wanted.tasks:
+        raise ValueError("--tasks: name at least one; `sparse-patch tasks` lists them")
+    for name in wanted.tasks:
+        known_lengths = name in OFFLINE or _is_perplexity(name)
+        if (known_lengths or (name in HUB and HUB[name].lengths)) and not wanted.lengths:
+            raise ValueError(f"--lengths: the task {name!r} needs at least one, as in 4096,8192")
+
+
+def _is_perplexity(name: str) -> bool:
+    return name == PERPLEXITY or name.startswith(f"{PERPLEXITY}_")
+
+
+def _units(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
+    if _is_perplexity(name):
+        text = name[len(PERPLEXITY) + 1 :]
+        for one in [text] if text else PERPLEXITY_TEXTS:
+            for length in wanted.lengths:
+                yield TextUnit(one, length, lm=lm, limit=wanted.limit or 500, seed=wanted.seed)
+    elif name in OFFLINE:
+        yield from _offline(name, wanted, lm)
+    else:
+        yield from _others(name, wanted, lm)
+
+
+def _offline(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
+    tasks = OFFLINE[name].tasks
+    for task in tasks:
+        for length in wanted.lengths:
+            loaded = _manager(wanted, length, defaults=False).load([task])["tasks"]
+            for one in loaded.values():
+                yield LmUnit(
+                    name, one, length, lm=lm, chat_template=wanted.chat_template, limit=None
+                )
+
+
+def _others(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
+    """Tasks of the hub, and any other task of lm-eval."""
+    known = HUB.get(name)
+    truncate = truncate_middle if known and known.truncation == "middle" else keep_end
+    for length in wanted.lengths if known and known.lengths else (None,):
+        if known:
+            loaded = load_tasks(
+                [name], data_dir=wanted.data_dir, metadata=_metadata(wanted, length)
+            )
+        else:
+            loaded = _by_name(name, wanted)
+        for one in loaded.values():
+            yield LmUnit(
+                known.name if known else name,
+                one,
+                length,
+                lm=lm,
+                chat_template=wanted.chat_template,
+                limit=wanted.limit,
+                truncate=truncate,
+            )
+
+
+def _by_name(name: str, wanted: Wanted) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = _manager(wanted, None, defaults=True).load([name])["tasks"]
+    except KeyError as error:
+        raise ValueError(
+            f"--tasks: neither we nor lm-eval know {name!r}; `sparse-patch tasks` lists ours, "
+            "`lm-eval ls tasks` theirs"
+        ) from error
+    return loaded
+
+
+def _manager(wanted: Wanted, length: int | None, *, defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(
+        include_path=None if defaults else str(TASKS_FOLDER),
+        include_defaults=defaults,
+        metadata=_metadata(wanted, length),
+    )
+
+
+def _metadata(wanted: Wanted, length: int | None) -> dict[str, Any]:
+    """What the generators of tasks are told."""
+    about = {"tokenizer": wanted.model, "seed": wanted.seed, **wanted.task_args}
+    if length is not None:
+        about |= {"max_seq_lengths": [length], "num_samples": wanted.limit or 500}
+    return about
+
+
+def described() -> list[tuple[str, str, str, str]]:
+    """Name, where it comes from, whether it takes lengths, and a line, of all we know."""
+    ours = [(name, "offline", "yes", entry.summary) for name, entry in OFFLINE.items()]
+    texts = ", ".join(PERPLEXITY_TEXTS)
+    ours.append(
+        (
+            PERPLEXITY,
+            "offline",
+            "yes",
+            f"NLL and KL to dense on {texts}; perplexity_TEXT for another text or file",
+        )
+    )
+    hub = [
+        (name, "hub", "yes" if entry.lengths else "no", entry.summary)
+        for name, entry in HUB.items()
+        if name == entry.name
+    ]
+    return ours + hub

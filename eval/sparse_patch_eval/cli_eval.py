@@ -1,0 +1,203 @@
+"""`sparse-patch eval` and `sparse-patch tasks`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sparse_patch_eval.console import console, fail, note, user_errors
+from sparse_patch_eval.options import literal, parse_lengths
+
+_NEEDS = 'lm-eval is missing: pip install "sparse-patch[eval]"'
+
+
+def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the options of a YAML file as defaults: what is written as a flag wins."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
+    if not isinstance(options, dict):
+        raise typer.BadParameter(f"{path} must hold options, as in `model: smollm2`")
+    names = {str(key).replace("-", "_"): value for key, value in options.items()}
+    known = {one.name for one in context.command.params} - {"config"}
+    if unknown := sorted(set(names) - known):
+        raise typer.BadParameter(
+            f"{path}: no such option: {', '.join(unknown)} (there are {', '.join(sorted(known))})"
+        )
+    context.default_map = {**(context.default_map or {}), **_as_flags(names)}
+    return path
+
+
+def _as_flags(options: dict[str, Any]) -> dict[str, Any]:
+    """YAML lists for options that take commas on the command line, and back."""
+    listed = ("method", "model_arg", "task_arg")
+    flags: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in listed:
+            flags[name] = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        elif isinstance(value, list):
+            flags[name] = ",".join(map(str, value))
+        else:
+            flags[name] = value if isinstance(value, bool) else str(value)
+    return flags
+
+
+def evaluate(
+    output: Annotated[
+        Path, typer.Option(help="Folder for the runs. Given again, it goes on where it stopped.")
+    ] = Path("runs"),
+    model: Annotated[
+        str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2` (comes from PyPI).")
+    ] = "smollm2",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`NAME:key=value,...`; may repeat. `dense`, the unpatched model, is always run."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Names with commas between; see `sparse-patch tasks`.")
+    ] = "",
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths in tokens, as in 4096,8192 or 4k,8k.")
+    ] = "",
+    limit: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Samples a task and length; 0 for all (of generated tasks: 500, as RULER)."
+        ),
+    ] = 20,
+    recall_samples: Annotated[
+        int,
+        typer.Option(min=0, help="Samples a task on which recall is measured (a prefill more)."),
+    ] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Chooses the samples of generated tasks.")] = 0,
+    min_length: Annotated[
+        int, typer.Option(min=0, help="Prompts with fewer tokens run exact.")
+    ] = 1024,
+    chat_template: Annotated[
+        bool, typer.Option(help="Put prompts through the tokenizer's chat template.")
+    ] = False,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the data of hub benchmarks; default: the hub itself."),
+    ] = None,
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`key=value` for lm-eval's model: device_map=auto, tp_plan=auto, peft=...; may "
+            "repeat."
+        ),
+    ] = None,
+    task_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`key=value` for generated tasks: haystack=stdlib, depths=5; may repeat."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with these options; flags win over it.",
+            callback=_from_file,
+            is_eager=True,
+        ),
+    ] = None,
+) -> None:
+    """Measure methods against dense on long-context benchmarks.
+
+    Every method sees the same prompts, one after the other; the question is inside the sparse
+    prefill, the answer is decoded from its KV cache. Prints accuracy, the difference to dense with
+    a paired 95 % interval, density, recall and prefill time. Each method's run is a folder below
+    --output: what was answered is written at once, so that a run that was stopped goes on at the
+    next sample and a finished one is not done again. `sparse-patch report` makes a page of it.
+
+    sparse-patch eval --method flexprefill:gamma=0.95 --method strided --tasks ruler --lengths 4k
+
+    Several processes share the samples: accelerate launch -m sparse_patch_eval.cli eval ...
+    """
+    with user_errors():
+        try:
+            import lm_eval  # noqa: F401
+        except ImportError as error:
+            raise ImportError(_NEEDS) from error
+        from sparse_patch_eval.benchmarks import Wanted, build_units, check_names
+        from sparse_patch_eval.evaluation import Setup
+        from sparse_patch_eval.evaluation import evaluate as run
+        from sparse_patch_eval.lm import SparsePatchLM
+
+        wanted = Wanted(
+            tasks=tuple(filter(None, (one.strip() for one in tasks.split(",")))),
+            lengths=tuple(parse_lengths(lengths)) if lengths else (),
+            model=model,
+            limit=limit or None,
+            seed=seed,
+            task_args=_pairs("--task-arg", task_arg),
+            data_dir=data_dir,
+            chat_template=chat_template,
+        )
+        model_args = _pairs("--model-arg", model_arg)
+        setup = Setup(
+            model=model,
+            methods=tuple(method or ()),
+            patch_options={"min_length": min_length},
+            model_settings={"dtype": dtype, "device": device, "model_args": model_args},
+            seed=seed,
+            chat_template=chat_template,
+            recall_samples=recall_samples,
+        )
+        setup.parsed()
+        check_names(wanted)
+        lm = SparsePatchLM(pretrained=model, dtype=dtype, device=device, **model_args)
+        folders = run(setup, output, lm, lambda lm: build_units(wanted, lm))
+        if lm.is_writer:
+            _show(folders)
+
+
+def _show(folders: list[Path]) -> None:
+    from sparse_patch_eval.report import comparison_table, markdown
+    from sparse_patch_eval.runs import find_runs
+
+    console.print(markdown(comparison_table(find_runs(folders))), markup=False)
+    where = folders[0].parents[1]
+    note(f"samples and results: {where}; a page: sparse-patch report {where}")
+
+
+def _pairs(flag: str, given: list[str] | None) -> dict[str, Any]:
+    """`key=value` options as a dictionary of Python values.
+
+    Raises:
+        ValueError: one has no key or no value.
+    """
+    found = {}
+    for one in given or ():
+        key, equals, value = one.partition("=")
+        if not key or not equals or not value:
+            raise ValueError(f"{flag} {one!r} must be key=value")
+        found[key] = literal(value)
+    return found
+
+
+def list_tasks() -> None:
+    """List what `sparse-patch eval --tasks` takes."""
+    try:
+        from sparse_patch_eval.benchmarks import described
+    except ImportError:
+        fail(_NEEDS)
+    table = Table(box=None, show_edge=False)
+    for column in ("task", "from", "lengths", "what it is"):
+        table.add_column(column, overflow="fold")
+    for row in described():
+        table.add_row(*row)
+    console.print(table)
+    console.print("Any other task of lm-eval works by its name.")

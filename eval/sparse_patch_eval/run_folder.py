@@ -1,0 +1,189 @@
+"""A run on disk: one model setting and one method, in a folder named after them.
+
+    run.json          what the run is: all that can change a number, beside the samples themselves
+    responses.N.jsonl what the model said, a line a sample, written at once by process N
+    samples.jsonl     the same, scored
+    results.json      means by task and length, and lm-eval's own results
+
+A folder is found again by its run.json, so a run that was stopped goes on, one that is finished is
+left alone, and one with another setting gets a folder of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_patch import Method
+from sparse_patch_eval.rows import Row, RowFile
+from sparse_patch_eval.units import Sample, Unit, hash_of
+
+FORMAT = 1
+DENSE = "dense"
+Key = tuple[str, int | None, int, str]
+
+
+def run_config(model: str, spec: str, method: Method | None, **settings: Any) -> dict[str, Any]:
+    """What run.json says.
+
+    Args:
+        model: as the user wrote it.
+        spec: the method as the user wrote it.
+        method: what it means; None for the unpatched model.
+        settings: all else that can change a number.
+    """
+    params = asdict(method) if is_dataclass(method) else {}
+    name = spec.partition(":")[0]
+    about = {"format": FORMAT, "model": model, "method": spec, "name": name, "params": params}
+    plain: dict[str, Any] = json.loads(json.dumps({**about, **settings}, default=str))
+    return plain
+
+
+class RunFolder:
+    """One run.
+
+    Args:
+        output: where runs that are compared lie side by side.
+        config: of `run_config`.
+        process: number of this process among those that share the work.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
+
+    def __init__(self, output: Path, config: Mapping[str, Any], process: int = 0) -> None:
+        self.config = dict(config)
+        # Spelling is not identity: gamma=.9 and gamma=0.90 are one run.
+        identity = {key: value for key, value in config.items() if key != "method"}
+        settings = {key: identity[key] for key in identity if key not in ("name", "params")}
+        self.path = _named(_named(output, config["model"], settings), config["method"], identity)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._check()
+        self._file = RowFile(self.path / f"responses.{process}.jsonl", {})
+        self.answered: dict[Key, Row] = {}
+        for path in sorted(self.path.glob("responses.*.jsonl")):
+            self.take(RowFile(path, {}).rows)
+
+    def _check(self) -> None:
+        path = self.path / "run.json"
+        if not path.exists():
+            _write(path, self.config)
+            return
+        found = json.loads(path.read_text())
+        different = [
+            key
+            for key in {*found, *self.config} - {"method"}
+            if found.get(key) != self.config.get(key)
+        ]
+        if different:
+            raise ValueError(
+                f"{path} is of another run ({', '.join(different)} differ): take another --output"
+            )
+
+    def find(self, unit: Unit, sample: Sample) -> Row | None:
+        """What was said to a sample, if it was asked."""
+        return self.answered.get((unit.task, unit.length, sample.doc_id, sample.prompt_hash))
+
+    def add(self, unit: Unit, sample: Sample, row: Row, *, write: bool = True) -> None:
+        """Keep what was said to a sample, on disk before anything else happens."""
+        whole = {
+            "benchmark": unit.benchmark,
+            "task": unit.task,
+            "length": unit.length,
+            "doc_id": sample.doc_id,
+            "prompt_hash": sample.prompt_hash,
+            "depth": sample.depth,
+            **row,
+        }
+        if write:
+            self._file.add(whole)
+        self.take([whole])
+
+    def take(self, rows: Iterable[Row]) -> None:
+        """Take rows in that were answered elsewhere; the last one of a sample counts."""
+        for row in rows:
+            key = (row["task"], row["length"], row["doc_id"], row["prompt_hash"])
+            self.answered[key] = row
+
+    def write_scored(self, units: Iterable[Unit]) -> None:
+        """Score all that was answered of these units into samples.jsonl and results.json.
+
+        Samples and results of other units, from earlier calls, stay.
+        """
+        samples = {_place(row): row for row in _lines(self.path / "samples.jsonl")}
+        better: dict[str, bool] = {}
+        official: dict[str, Any] = {}
+        results = self.path / "results.json"
+        if results.exists():
+            earlier = json.loads(results.read_text())
+            better, official = earlier["higher_is_better"], earlier["lm_eval"]
+        for unit in units:
+            rows = {s.doc_id: row for s in unit.samples() if (row := self.find(unit, s))}
+            if not rows:
+                continue
+            scored = unit.score(rows)
+            for doc_id, judged in scored.rows.items():
+                whole = {k: v for k, v in rows[doc_id].items() if k not in ("responses", "scores")}
+                samples[_place(whole)] = {**whole, **judged}
+            better |= scored.higher_is_better
+            if scored.official is not None:
+                official[f"{unit.task}@{unit.length}" if unit.length else unit.task] = (
+                    scored.official
+                )
+        ordered = list(samples.values())
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
+        (self.path / "samples.jsonl").write_text(text, encoding="utf-8")
+        means = {"higher_is_better": better, "tasks": summary(ordered), "lm_eval": official}
+        _write(results, means)
+
+
+def summary(samples: Iterable[Row]) -> list[Row]:
+    """Means by task and length."""
+    groups: dict[tuple[str, str, int | None], list[Row]] = {}
+    for row in samples:
+        groups.setdefault((row["benchmark"], row["task"], row["length"]), []).append(row)
+    found = []
+    for (benchmark, task, length), rows in groups.items():
+        names = dict.fromkeys(name for row in rows for name in row["scores"])
+        about: Row = {"benchmark": benchmark, "task": task, "length": length, "n": len(rows)}
+        about["scores"] = {name: _mean([row["scores"].get(name) for row in rows]) for name in names}
+        for name in ("density", "recall", "prefill_seconds"):
+            about[name] = _mean([row[name] for row in rows])
+        found.append(about)
+    return found
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _place(row: Row) -> tuple[str, int | None, int]:
+    """A sample's place: one whose prompt changed takes that of the old one."""
+    return row["task"], row["length"], row["doc_id"]
+
+
+def _lines(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _named(parent: Path, name: str, content: Mapping[str, Any]) -> Path:
+    """The folder of some content: the one that is there, under whatever name, or a new one."""
+    mark = hash_of(content)[:8]
+    there = sorted(parent.glob(f"*-{mark}"))
+    return there[0] if there else parent / f"{_slug(name)}-{mark}"
+
+
+def _slug(text: str) -> str:
+    """A name that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9.=_-]+", "_", text).strip("._")[-80:] or "run"
