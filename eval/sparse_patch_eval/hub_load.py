@@ -153,7 +153,9 @@ def _with_text_answers(source: Source, data_dir: Path | None, **_: Any) -> dict[
 
     documents = read(source, data_dir)
     text = datasets.Sequence(datasets.Value("string"))
-    return {source.split: documents.cast_column("answer", text).cast_column("options", text)}
+    for column in {"answer", "options"}.intersection(documents.column_names):
+        documents = documents.cast_column(column, text)
+    return {source.split: documents}
 
 
 @contextmanager

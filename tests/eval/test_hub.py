@@ -5,6 +5,7 @@ import random
 import socket
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import datasets
 import lm_eval
 import pytest
 from lm_eval.api.model import LM
-from sparse_patch_eval import hub, hub_load
+from sparse_patch_eval import hub, hub_data, hub_load
 from sparse_patch_eval.fetch import FetchError
 from sparse_patch_eval.hub_tables import HUB
 
@@ -250,6 +251,46 @@ def test_without_network_or_data_the_download_is_named(task, dataset):
         hub.load_tasks([task])
     assert str(error.value).startswith(f"{task}: dataset {dataset}")
     assert command in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "asked"),
+    [
+        ("longbench_trec", {"path": "Xnhyacinth/LongBench", "name": "trec"}),
+        ("longbench2_code", {"path": "recursal/longbench-v2", "name": "code_repo_qa"}),
+        (
+            "infinitebench_longbook_qa_en",
+            {
+                "path": "xinrongzhang2022/InfiniteBench",
+                "name": None,
+                "data_files": {"longbook_qa_eng": "longbook_qa_eng.jsonl"},
+                "split": "longbook_qa_eng",
+            },
+        ),
+        (
+            "babilong_qa7",
+            {
+                "path": "RMT-team/babilong-1k-samples",
+                "name": "0k",
+                "data_files": None,
+                "split": "qa7",
+            },
+        ),
+    ],
+)
+def test_the_hub_is_asked_for_one_configuration_and_split(monkeypatch, task, asked):
+    source = HUB[task].tasks[task]
+    if source.dataset.startswith("RMT"):
+        source = replace(source, config="0k")
+    documents = hub_data.read(source, DATA)
+
+    def load_dataset(path, name=None, **options):
+        assert {"path": path, "name": name, **options} == asked
+        return documents if "split" in options else {source.split: documents}
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert scores({task: only(task)}, lambda doc: WRONG) == {task: 0.0}
 
 
 def test_switched_off_hub_is_the_same_error(monkeypatch, reached):
