@@ -102,7 +102,7 @@ def _units(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
 
 
 def _offline(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
-    tasks = OFFLINE[name].tasks
+    tasks = OFFLINE[name].names
     for task in tasks:
         for length in wanted.lengths:
             loaded = _manager(wanted, length, defaults=False).load([task])["tasks"]
