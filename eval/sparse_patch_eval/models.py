@@ -49,7 +49,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Source:
-    """What `from_pretrained` is given: folder or hub id, options, and the GGUF file if it is one."""
+    """Folder or hub id, the options that go with it, and the GGUF file if it is one."""
 
     where: Path | str
     options: dict[str, Any]
