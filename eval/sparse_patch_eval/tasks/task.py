@@ -83,5 +83,5 @@ def _scores(doc: Document, results: list[Any], *, all_needed: bool) -> dict[str,
     return {
         "string_match": sum(found) / len(found) if all_needed else float(any(found)),
         "rank": float(right > max(means)),
-        "answer_nll": -right,
+        "answer_nll": 0.0 - right,  # not -right: no score is -0.0
     }
