@@ -89,6 +89,13 @@ class Comparison:
     def is_average(self) -> bool:
         return self.task == AVERAGE
 
+    @property
+    def is_mostly_exact(self) -> bool:
+        """So much ran dense that the scores are dense's, not the method's."""
+        if self.exact_share is not None:
+            return self.exact_share > MOSTLY_EXACT
+        return bool(self.exact) and self.density == 1
+
 
 def comparison_table(runs: Iterable[Run]) -> list[Comparison]:
     """All rows: by section, benchmark, task and length, then method, dense first.
@@ -205,13 +212,12 @@ def _flagged(row: Comparison, run: Run) -> Comparison:
 
 
 def _exact_flag(row: Comparison) -> list[str]:
-    why = ", ".join(row.exact)
-    if row.exact_share is not None and row.exact_share > MOSTLY_EXACT:
-        how = "all" if row.exact_share == 1 else f"{row.exact_share:.0%} of"
-        return [f"mostly exact: {how} attention calls ran dense ({why})"]
-    if row.exact_share is None and row.exact and row.density == 1:
-        return [f"mostly exact: no call ran sparse ({why})"]
-    return []
+    if not row.is_mostly_exact:
+        return []
+    how = "no call ran sparse"
+    if row.exact_share is not None and row.exact_share < 1:
+        how = f"{row.exact_share:.0%} of the attention calls ran dense"
+    return [f"mostly exact: {how} ({', '.join(row.exact)})"]
 
 
 def _scores(

@@ -44,6 +44,22 @@ def overall(rows: Sequence[Comparison]) -> list[list[Comparison]]:
     return list(groups.values())
 
 
+def cells(rows: Sequence[Comparison]) -> list[tuple[str, list[Comparison]]]:
+    """What a panel each is drawn of: a score and the rows that have it, by benchmark and score."""
+    found = [
+        (name, [row for row in group if name in row.scores])
+        for group in overall(rows)
+        for name in shown(group)
+    ]
+    first = {cell: number for number, cell in enumerate(dict.fromkeys(map(_series, found)))}
+    return sorted(found, key=lambda cell: first[_series(cell)])  # keeps the order of lengths
+
+
+def _series(cell: tuple[str, list[Comparison]]) -> tuple[str, str]:
+    name, rows = cell
+    return rows[0].benchmark, name
+
+
 def shown(rows: Sequence[Comparison]) -> list[str]:
     """Scores of some methods that say something."""
     names = dict.fromkeys(name for row in rows for name in row.scores)
@@ -79,22 +95,22 @@ def _against_density(
     section: Section, rows: Sequence[Comparison], looks: dict[str, Style]
 ) -> Figure:
     panels = []
-    for group in overall(rows):
-        for name in shown(group):
-            has = [r for r in group if name in r.scores and r.density is not None]
-            if any(not section.runs[row.method].is_dense for row in has):
-                title = where(group[0])
-                panels.append(
-                    panel(
-                        partial(_draw_density, section=section, rows=has, name=name, looks=looks),
-                        f"density {section.model} {section.settings} {title} {name}",
-                        words=f"{name} against density, {title}",
-                    )
+    for name, group in cells(rows):
+        has = [row for row in group if row.density is not None]
+        if any(not section.runs[row.method].is_dense for row in has):
+            title = where(group[0])
+            panels.append(
+                panel(
+                    partial(_draw_density, section=section, rows=has, name=name, looks=looks),
+                    f"density {section.model} {section.settings} {title} {name}",
+                    words=f"{name} against density, {title}",
                 )
+            )
     return Figure(
         "Score against density",
         "Left is cheaper. Filled and joined: a method's Pareto front over its settings; hollow: "
-        "another setting of it keeps less and scores no worse. Dashed: dense.",
+        "another setting of it keeps less and scores no worse. Faint: most calls ran exact, so the "
+        "score is dense's own. Dashed: dense.",
         tuple(panels),
         tuple(looks),
     )
@@ -117,7 +133,7 @@ def _draw_density(
         axes.plot(*zip(*(points[n] for n in best), strict=True), color=colour, linewidth=1.3)
         for number, (point, row) in enumerate(zip(points, members, strict=True)):
             inside = colour if number in best else "none"
-            axes.plot(*point, marker=looks[row.method].marker, color=colour, markerfacecolor=inside)
+            axes.plot(*point, **_marker(row, looks, inside))
     axes.set_xlim(0, 1.03)
     axes.set_xlabel("density (kept / causal blocks)")
     axes.set_ylabel(axis_name(rows[0].scores[name]))
@@ -125,25 +141,35 @@ def _draw_density(
     set_title(axes, where(rows[0]))
 
 
+def _marker(row: Comparison, looks: dict[str, Style], inside: str) -> dict[str, Any]:
+    style = looks[row.method]
+    return {
+        "marker": style.marker,
+        "markersize": 7,
+        "color": style.colour,
+        "markerfacecolor": inside,
+        "alpha": 0.35 if row.is_mostly_exact else 1,
+    }
+
+
 def _forest(rows: Sequence[Comparison], looks: dict[str, Style]) -> Figure:
     panels = []
-    for group in overall(rows):
-        for name in shown(group):
-            has = [r for r in group if name in r.scores and r.scores[name].difference is not None]
-            if has:
-                title = where(group[0])
-                panels.append(
-                    panel(
-                        partial(_draw_forest, rows=has, name=name, looks=looks),
-                        f"forest {has[0].section.model} {has[0].section.settings} {title} {name}",
-                        words=f"difference to dense in {name}, {title}",
-                        size=(WIDTH, 1.15 + 0.45 * len(has)),
-                    )
+    for name, group in cells(rows):
+        has = [row for row in group if row.scores[name].difference is not None]
+        if has:
+            section, title = has[0].section, where(group[0])
+            panels.append(
+                panel(
+                    partial(_draw_forest, rows=has, name=name, looks=looks),
+                    f"forest {section.model} {section.settings} {title} {name}",
+                    words=f"difference to dense in {name}, {title}",
+                    size=(WIDTH, 1.15 + 0.5 * len(has)),
                 )
+            )
     return Figure(
         "Difference to dense",
         "Mean over paired samples and its 95 % bootstrap interval; the line at 0 is dense. Filled: "
-        "the interval does not hold 0.",
+        "the interval does not hold 0. Faint: most calls ran exact, so it is dense's own.",
         tuple(panels),
     )
 
@@ -155,13 +181,13 @@ def _draw_forest(axes: Any, rows: list[Comparison], name: str, looks: dict[str, 
         style = looks[row.method]
         inside = "none" if gap.low <= 0 <= gap.high else style.colour
         axes.plot([gap.low, gap.high], [place, place], color=style.colour, linewidth=2)
-        axes.plot(gap.mean, place, color=style.colour, marker=style.marker, markerfacecolor=inside)
+        axes.plot(gap.mean, place, **_marker(row, looks, inside))
         axes.text(
-            0.01, place - 0.32, shorten(row.method, 46), fontsize=10, va="center",
+            0.01, place - 0.36, shorten(row.method, 46), fontsize=10, va="center",
             transform=axes.get_yaxis_transform(),
         )  # fmt: skip
     axes.axvline(0, color=INK, linestyle="--", linewidth=1)
-    axes.set_ylim(len(rows) - 0.5, -0.7)
+    axes.set_ylim(len(rows) - 0.5, -0.8)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(f"difference in {axis_name(rows[0].scores[name])}", fontsize=10)

@@ -20,7 +20,7 @@ from sparse_patch_eval.report import Comparison, Score
 from sparse_patch_eval.report_figures import figures, overall
 from sparse_patch_eval.report_plots import styles, swatch
 from sparse_patch_eval.report_sections import Section, dense_partners
-from sparse_patch_eval.report_text import HOW_TO_READ, NOT_MEASURABLE, number
+from sparse_patch_eval.report_text import HOW_TO_READ, NOT_MEASURABLE, difference_text, number
 from sparse_patch_eval.runs import Run, Sample
 
 ANSWERS = 20
@@ -196,10 +196,10 @@ def _score(score: Score, name: str = "") -> Cell:
     if score.measurable is False:
         lines, kind = [NOT_MEASURABLE], "unmeasurable"
     elif (gap := score.difference) is not None:
-        lines.append(f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]".replace("-", "\N{MINUS SIGN}"))
+        lines.append(difference_text(gap).replace("-", "\N{MINUS SIGN}"))
         if not gap.low <= 0 <= gap.high:
             kind = "better" if (gap.mean > 0) == score.higher_is_better else "worse"
-    return Cell(number(score.mean), score.mean, " · ".join(lines), kind)
+    return Cell(number(score.mean), score.mean, "\n".join(lines), kind)
 
 
 def _differing(section: Section, label: str, limit: int) -> Differing:
