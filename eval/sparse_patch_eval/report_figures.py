@@ -13,6 +13,7 @@ from sparse_patch_eval.report_plots import (
     WIDTH,
     Figure,
     Style,
+    legend,
     panel,
     set_title,
     shorten,
@@ -27,7 +28,7 @@ def figures(section: Section, rows: Sequence[Comparison]) -> list[Figure]:
     found = [
         _against_density(section, rows, looks),
         _forest(rows, looks),
-        _against_length(rows, looks),
+        _against_length(section, rows, looks),
         _speed_up(section, looks),
         *heat_maps(section),
     ]
@@ -112,7 +113,7 @@ def _against_density(
         "another setting of it keeps less and scores no worse. Faint: most calls ran exact, so the "
         "score is dense's own. Dashed: dense.",
         tuple(panels),
-        tuple(looks),
+        legend(looks, f"density {section.model} {section.settings}"),
     )
 
 
@@ -195,7 +196,9 @@ def _draw_forest(axes: Any, rows: list[Comparison], name: str, looks: dict[str, 
     set_title(axes, where(rows[0]))
 
 
-def _against_length(rows: Sequence[Comparison], looks: dict[str, Style]) -> Figure:
+def _against_length(
+    section: Section, rows: Sequence[Comparison], looks: dict[str, Style]
+) -> Figure:
     lines: dict[tuple[str, str], list[Comparison]] = {}
     for row in rows:
         if row.length is not None:
@@ -217,7 +220,7 @@ def _against_length(rows: Sequence[Comparison], looks: dict[str, Style]) -> Figu
                         y_name=axis_name(has[0].scores[name]),
                         title=title,
                     ),
-                    f"length {group[0].section.model} {group[0].section.settings} {title} {name}",
+                    f"length {section.model} {section.settings} {title} {name}",
                     words=f"{name} against length, {title}",
                 )
             )
@@ -225,7 +228,7 @@ def _against_length(rows: Sequence[Comparison], looks: dict[str, Style]) -> Figu
         "Score against length",
         "Tasks with at least two lengths, and scores that can be measured at all of them.",
         tuple(panels),
-        tuple(looks),
+        legend(looks, f"length {section.model} {section.settings}"),
     )
 
 
@@ -235,6 +238,7 @@ def _speed_up(section: Section, looks: dict[str, Style]) -> Figure:
         for (label, length), ratio in speed_ups(section).items()
         if length is not None
     ]
+    used = {label: style for label, style in looks.items() if label in {p[0] for p in points}}
     panels = []
     if points:
         name = f"speed-up {section.model} {section.settings}"
@@ -249,7 +253,7 @@ def _speed_up(section: Section, looks: dict[str, Style]) -> Figure:
         "Prefill time of dense over the method's, median over paired samples of all tasks of one "
         "machine. Below the dashed line the method is slower than dense.",
         tuple(panels),
-        tuple(label for label in looks if label in {point[0] for point in points}),
+        legend(used, f"speed-up {section.model} {section.settings}"),
     )
 
 

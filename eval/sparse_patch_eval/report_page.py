@@ -18,7 +18,6 @@ from typing import Any
 
 from sparse_patch_eval.report import Comparison, Score
 from sparse_patch_eval.report_figures import figures, overall
-from sparse_patch_eval.report_plots import styles, swatch
 from sparse_patch_eval.report_sections import Section, dense_partners
 from sparse_patch_eval.report_text import HOW_TO_READ, NOT_MEASURABLE, difference_text, number
 from sparse_patch_eval.runs import Run, Sample
@@ -29,11 +28,12 @@ _LONGEST_ANSWER = 600
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: text, a second line, what to sort by, a class, a hint."""
+    """A table cell: text, what to sort by, small lines below it, and classes for both."""
 
     text: str
     sort: float | str | None = None
-    small: str = ""
+    remark: str = ""
+    difference: str = ""
     kind: str = ""
 
 
@@ -94,7 +94,6 @@ def _asset(name: str) -> str:
 
 
 def _section(section: Section, rows: list[Comparison], answers: int) -> dict[str, Any]:
-    looks = styles(section)
     return {
         "model": section.model,
         "settings": section.settings,
@@ -102,16 +101,9 @@ def _section(section: Section, rows: list[Comparison], answers: int) -> dict[str
         "notes": [(label, note) for label, run in section.runs.items() for note in run.notes],
         "warnings": _warnings(rows),
         "unmeasurable": _unmeasurable(rows),
-        "overview": _table("Overview", [row for group in overall(rows) for row in group]),
-        "tables": [
-            _table(name, [row for row in rows if row.benchmark == name])
-            for name in dict.fromkeys(row.benchmark for row in rows)
-        ],
+        "overview": _tables([row for group in overall(rows) for row in group]),
+        "tables": _tables(rows),
         "figures": figures(section, rows),
-        "swatches": {
-            label: swatch(style, f"{section.model} {section.settings} {label}")
-            for label, style in looks.items()
-        },
         "differing": [
             _differing(section, label, answers)
             for label, run in section.runs.items()
@@ -156,23 +148,38 @@ def _at(name: str, lengths: list[str]) -> str:
     return f"{name} at {', '.join(lengths)}" if any(lengths) else name
 
 
+def _tables(rows: Sequence[Comparison]) -> list[Table]:
+    """One a benchmark: benchmarks differ in their scores."""
+    benchmarks = dict.fromkeys(row.benchmark for row in rows)
+    return [_table(name, [row for row in rows if row.benchmark == name]) for name in benchmarks]
+
+
 def _table(title: str, rows: Sequence[Comparison]) -> Table:
+    """A column for the primary score, whatever its name is, and one for each other score."""
+    primary = {row.primary.name for row in rows if row.primary}
     others = list(dict.fromkeys(name for row in rows for name in list(row.scores)[1:]))
-    head = ("Task", "Length", "Method", "n", "Primary score", *others)
-    head += ("Density", "Recall", "Prefill", "Speed-up", "Exact", "Remarks")
-    return Table(title, head, tuple(_row(row, others) for row in rows), (0, 1, 2))
+    scores = {name: score for row in rows for name, score in row.scores.items()}
+    shared = primary.pop() if len(primary) == 1 else None
+    head = ["Task", "Length", "Method", "n", _heading(scores[shared]) if shared else "Score"]
+    head += [_heading(scores[name]) for name in others]
+    head += ["Density", "Recall", "Prefill", "Speed-up", "Exact", "Remarks"]
+    lines = tuple(_row(row, others, named=shared is None) for row in rows)
+    return Table(title, tuple(head), lines, (0, 1, 2))
 
 
-def _row(row: Comparison, others: Sequence[str]) -> tuple[Cell, ...]:
+def _heading(score: Score) -> str:
+    return f"{score.name} {'↑' if score.higher_is_better else '↓'}"
+
+
+def _row(row: Comparison, others: Sequence[str], *, named: bool) -> tuple[Cell, ...]:
     task = f"{row.benchmark} average" if row.is_average else row.task
-    primary = row.primary
     rest = list(row.scores.values())[1:]
     cells = [
         Cell(task, task, kind="average" if row.is_average else "name"),
         Cell(number(row.length, ","), row.length),
-        Cell(row.method, row.method, kind="name"),
+        Cell(row.method, row.method, "mostly exact" if row.is_mostly_exact else "", kind="name"),
         Cell(str(row.n), row.n),
-        Cell("-") if primary is None else _score(primary, primary.name),
+        Cell("-") if row.primary is None else _score(row.primary, named=named),
     ]
     cells += [
         next((_score(score) for score in rest if score.name == name), Cell("-")) for name in others
@@ -180,26 +187,26 @@ def _row(row: Comparison, others: Sequence[str]) -> tuple[Cell, ...]:
     cells += [_value(row.density), _value(row.recall), _value(row.prefill_seconds, ".2f", " s")]
     cells += [_value(row.speed_up, ".2f", "x"), _value(row.exact_share, ".0%")]
     flags = "; ".join(row.flags)
-    return (*cells, Cell(flags, flags, kind="flag" if "mostly exact" in flags else "text"))
+    return (*cells, Cell(flags, flags, kind="flag" if row.is_mostly_exact else "text"))
 
 
 def _value(value: float | None, form: str = ".3f", unit: str = "") -> Cell:
     return Cell("-" if value is None else number(value, form) + unit, value)
 
 
-def _score(score: Score, name: str = "") -> Cell:
+def _score(score: Score, *, named: bool = False) -> Cell:
     """The mean; below it the difference to dense, in colour where its interval leaves out 0."""
-    lines = [name] if name else []
-    if score.tasks is not None and score.tasks[0] < score.tasks[1] and score.measurable:
-        lines.append(f"{score.tasks[0]} of {score.tasks[1]} tasks")
-    kind = ""
+    remarks = [score.name] if named else []
     if score.measurable is False:
-        lines, kind = [NOT_MEASURABLE], "unmeasurable"
-    elif (gap := score.difference) is not None:
-        lines.append(difference_text(gap).replace("-", "\N{MINUS SIGN}"))
+        return Cell(number(score.mean), score.mean, NOT_MEASURABLE, kind="unmeasurable")
+    if score.tasks is not None and score.tasks[0] < score.tasks[1]:
+        remarks.append(f"{score.tasks[0]} of {score.tasks[1]} tasks")
+    gap, text, kind = score.difference, "", ""
+    if gap is not None:
+        text = difference_text(gap).replace("-", "\N{MINUS SIGN}")
         if not gap.low <= 0 <= gap.high:
             kind = "better" if (gap.mean > 0) == score.higher_is_better else "worse"
-    return Cell(number(score.mean), score.mean, "\n".join(lines), kind)
+    return Cell(number(score.mean), score.mean, ", ".join(remarks), text, kind)
 
 
 def _differing(section: Section, label: str, limit: int) -> Differing:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -58,12 +59,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels under one heading; `legend`: methods that its colours and markers stand for."""
+    """Panels under one heading; `legend`: methods, and an `<svg>` of how each is drawn."""
 
     title: str
     caption: str
     panels: tuple[Panel, ...]
-    legend: tuple[str, ...] = ()
+    legend: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,25 @@ def styles(section: Section) -> dict[str, Style]:
     return found
 
 
-def swatch(style: Style, name: str) -> str:
-    """The line and marker of a legend entry."""
+def legend(looks: Mapping[str, Style], name: str) -> tuple[tuple[str, str], ...]:
+    """Line and marker of each method; `name` must be its own on the page."""
+    return tuple(
+        (
+            label,
+            panel(
+                partial(_draw_swatch, style=style),
+                f"legend {name} {label}",
+                words=label,
+                size=(0.6, 0.25),
+            ).svg,
+        )
+        for label, style in looks.items()
+    )
 
-    def draw(axes: Any) -> None:
-        axes.plot([0, 1, 2], [0, 0, 0], **style.line(), markersize=8, linewidth=2, markevery=[1])
-        axes.set_axis_off()
 
-    return panel(draw, f"swatch {name}", words=name, size=(0.6, 0.25)).svg
+def _draw_swatch(axes: Any, style: Style) -> None:
+    axes.plot([0, 1, 2], [0, 0, 0], **style.line(), markersize=8, linewidth=2, markevery=[1])
+    axes.set_axis_off()
 
 
 def panel(

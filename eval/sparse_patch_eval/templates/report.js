@@ -27,7 +27,7 @@
     for (const row of table.tBodies[0].rows) {
       row.hidden = selects.some(
         (select) => select.value !== "" &&
-          row.cells[Number(select.dataset.column)].textContent.trim() !== select.value);
+          select.value !== `=${value(row, Number(select.dataset.column))}`);
     }
   };
 
@@ -44,15 +44,17 @@
     bar.className = "filters";
     const selects = [];
     for (const column of columns) {
-      const texts = [...table.tBodies[0].rows].map((row) => row.cells[column].textContent.trim());
-      const values = [...new Set(texts)];
-      if (values.length < 2) continue;
+      const names = new Map();
+      for (const row of table.tBodies[0].rows) {
+        names.set(`=${value(row, column)}`, row.cells[column].firstChild.textContent.trim());
+      }
+      if (names.size < 2) continue;
       const select = document.createElement("select");
       const name = table.tHead.rows[0].cells[column].textContent.trim();
       select.setAttribute("aria-label", name);
       select.dataset.column = column;
       select.append(new Option(`${name}: all`, ""));
-      for (const text of values) select.append(new Option(text, text));
+      for (const [key, text] of names) select.append(new Option(text, key));
       select.addEventListener("change", () => filter(table, selects));
       selects.push(select);
       bar.append(select);
