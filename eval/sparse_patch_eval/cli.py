@@ -18,6 +18,7 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
 import sparse_patch
+from sparse_patch_eval.cli_report import report
 from sparse_patch_eval.demo import STEPS_PER_LENGTH, DemoRow, run_length, warm_up
 from sparse_patch_eval.models import load_for_lengths
 from sparse_patch_eval.options import parse_lengths, parse_method
@@ -29,6 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
+app.command()(report)
 console = Console()
 errors = Console(stderr=True)
 

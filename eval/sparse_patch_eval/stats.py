@@ -37,12 +37,29 @@ def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
     Raises:
         ValueError: no values.
     """
-    if not len(values):
+    return bootstrap_groups([values], seed=seed)
+
+
+def bootstrap_groups(groups: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
+    """Mean over groups (tasks) of each group's mean, and its 95 % interval.
+
+    Prompts are drawn within their group, so every draw has as many of each as there are
+    (stratified bootstrap): a task with many prompts weighs no more than another.
+
+    Raises:
+        ValueError: no groups, or one without values.
+    """
+    if not groups or not all(len(values) for values in groups):
         raise ValueError("bootstrap: no values to take a mean of")
-    x = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(0, len(x), (DRAWS, len(x)))
-    low, high = np.quantile(x[draws].mean(1), (0.025, 0.975))
-    return Estimate(float(x.mean()), float(low), float(high), len(x))
+    generator = np.random.default_rng(seed)
+    mean, drawn = 0.0, np.zeros(DRAWS)
+    for values in groups:
+        x = np.asarray(values, dtype=np.float64)
+        draws = generator.integers(0, len(x), (DRAWS, len(x)))
+        mean += float(x.mean()) / len(groups)
+        drawn += x[draws].mean(1) / len(groups)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Estimate(mean, float(low), float(high), sum(map(len, groups)))
 
 
 def ranks(means: Mapping[str, float], *, lower_is_better: bool) -> dict[str, int]:

@@ -1,0 +1,306 @@
+"""The report as one HTML page that needs nothing else: no network, no folder beside it.
+
+Everything that comes from a run (prompts, answers, names of models and methods) goes through
+jinja2's autoescape. A Content-Security-Policy in the page allows its own style, its own script
+(by hash) and nothing from anywhere, so even text that slipped through could load or run nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from sparse_patch_eval.report import Comparison, Score
+from sparse_patch_eval.report_figures import figures, overall
+from sparse_patch_eval.report_sections import Section, dense_partners
+from sparse_patch_eval.report_text import HOW_TO_READ, NOT_MEASURABLE, difference_text, number
+from sparse_patch_eval.runs import Run, Sample
+
+ANSWERS = 20
+_LONGEST_ANSWER = 600
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: text, what to sort by, small lines below it, and classes for both."""
+
+    text: str
+    sort: float | str | None = None
+    remark: str = ""
+    difference: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A sortable table; `filters`: columns to choose values of."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    filters: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Differing:
+    """Samples of a method that were answered otherwise than by dense."""
+
+    method: str
+    compared: int
+    differ: int
+    scored: int
+    examples: tuple[dict[str, Any], ...]
+
+
+def page(found: Sequence[Section], rows: Sequence[Comparison], *, answers: int = ANSWERS) -> str:
+    """The HTML text; `answers`: how many differing answers of each method are shown.
+
+    Raises:
+        ImportError: jinja2, matplotlib or scipy is missing.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ImportError('a report page needs jinja2: pip install "sparse-patch[eval]"') from error
+    environment = Environment(
+        loader=PackageLoader("sparse_patch_eval"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = Markup
+    script, style = _asset("report.js"), _asset("report.css")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        script=Markup(script),
+        style=Markup(style),
+        how_to_read=HOW_TO_READ,
+        sections=[_section(one, [r for r in rows if r.section is one], answers) for one in found],
+    )
+
+
+def _asset(name: str) -> str:
+    return (files("sparse_patch_eval") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _section(section: Section, rows: list[Comparison], answers: int) -> dict[str, Any]:
+    return {
+        "model": section.model,
+        "settings": section.settings,
+        "no_dense": not section.dense,
+        "notes": [(label, note) for label, run in section.runs.items() for note in run.notes],
+        "warnings": _warnings(rows),
+        "unmeasurable": _unmeasurable(rows),
+        "overview": _tables([row for group in overall(rows) for row in group]),
+        "tables": _tables(rows),
+        "figures": figures(section, rows),
+        "differing": [
+            _differing(section, label, answers)
+            for label, run in section.runs.items()
+            if section.dense and not run.is_dense
+        ],
+        "methods": [
+            {"label": label, "run": run, "params": _settings(run.params), **_provenance(run)}
+            for label, run in section.runs.items()
+        ],
+        "command": command(section),
+    }
+
+
+def _warnings(rows: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
+    """What to know before believing a number: a method's flags, with where they hold."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        for flag in row.flags if not row.is_average else ():
+            place = row.task if row.length is None else f"{row.task} at {row.length:,}"
+            found.setdefault(row.method, {}).setdefault(flag, []).append(place)
+    return [
+        (method, [f"{flag}: {', '.join(places)}" for flag, places in flags.items()])
+        for method, flags in found.items()
+    ]
+
+
+def _unmeasurable(rows: Sequence[Comparison]) -> list[tuple[str, str]]:
+    """Task, and the scores that cannot be measured at which lengths."""
+    found: dict[str, dict[str, dict[str, None]]] = {}
+    for row in rows:
+        for score in row.scores.values() if not row.is_average else ():
+            if score.measurable is False:
+                length = "" if row.length is None else f"{row.length:,}"
+                found.setdefault(row.task, {}).setdefault(score.name, {})[length] = None
+    return [
+        (task, "; ".join(_at(name, list(lengths)) for name, lengths in names.items()))
+        for task, names in found.items()
+    ]
+
+
+def _at(name: str, lengths: list[str]) -> str:
+    return f"{name} at {', '.join(lengths)}" if any(lengths) else name
+
+
+def _tables(rows: Sequence[Comparison]) -> list[Table]:
+    """One a benchmark: benchmarks differ in their scores."""
+    benchmarks = dict.fromkeys(row.benchmark for row in rows)
+    return [_table(name, [row for row in rows if row.benchmark == name]) for name in benchmarks]
+
+
+def _table(title: str, rows: Sequence[Comparison]) -> Table:
+    """A column for the primary score, whatever its name is, and one for each other score."""
+    primary = {row.primary.name for row in rows if row.primary}
+    others = list(dict.fromkeys(name for row in rows for name in list(row.scores)[1:]))
+    scores = {name: score for row in rows for name, score in row.scores.items()}
+    shared = primary.pop() if len(primary) == 1 else None
+    head = ["Task", "Length", "Method", "n", _heading(scores[shared]) if shared else "Score"]
+    head += [_heading(scores[name]) for name in others]
+    head += ["Density", "Recall", "Prefill", "Speed-up", "Exact", "Remarks"]
+    lines = tuple(_row(row, others, named=shared is None) for row in rows)
+    return Table(title, tuple(head), lines, (0, 1, 2))
+
+
+def _heading(score: Score) -> str:
+    return f"{score.name} {'↑' if score.higher_is_better else '↓'}"
+
+
+def _row(row: Comparison, others: Sequence[str], *, named: bool) -> tuple[Cell, ...]:
+    task = f"{row.benchmark} average" if row.is_average else row.task
+    rest = list(row.scores.values())[1:]
+    cells = [
+        Cell(task, task, kind="average" if row.is_average else "name"),
+        Cell(number(row.length, ","), row.length),
+        Cell(row.method, row.method, "mostly exact" if row.is_mostly_exact else "", kind="name"),
+        Cell(str(row.n), row.n),
+        Cell("-") if row.primary is None else _score(row.primary, named=named),
+    ]
+    cells += [
+        next((_score(score) for score in rest if score.name == name), Cell("-")) for name in others
+    ]
+    cells += [_value(row.density), _value(row.recall), _value(row.prefill_seconds, ".2f", " s")]
+    cells += [_value(row.speed_up, ".2f", "x"), _value(row.exact_share, ".0%")]
+    flags = "; ".join(row.flags)
+    return (*cells, Cell(flags, flags, kind="flag" if row.is_mostly_exact else "text"))
+
+
+def _value(value: float | None, form: str = ".3f", unit: str = "") -> Cell:
+    return Cell("-" if value is None else number(value, form) + unit, value)
+
+
+def _score(score: Score, *, named: bool = False) -> Cell:
+    """The mean; below it the difference to dense, in colour where its interval leaves out 0."""
+    remarks = [score.name] if named else []
+    if score.measurable is False:
+        return Cell(number(score.mean), score.mean, NOT_MEASURABLE, kind="unmeasurable")
+    if score.tasks is not None and score.tasks[0] < score.tasks[1]:
+        remarks.append(f"{score.tasks[0]} of {score.tasks[1]} tasks")
+    gap, text, kind = score.difference, "", ""
+    if gap is not None:
+        text = difference_text(gap).replace("-", "\N{MINUS SIGN}")
+        if not gap.low <= 0 <= gap.high:
+            kind = "better" if (gap.mean > 0) == score.higher_is_better else "worse"
+    return Cell(number(score.mean), score.mean, ", ".join(remarks), text, kind)
+
+
+def _differing(section: Section, label: str, limit: int) -> Differing:
+    """First those whose primary score changed, then the others, in the order of the run."""
+    partners = dense_partners(section, label)
+    pairs = [
+        (sample, partners[sample.key])
+        for sample in section.runs[label].samples
+        if sample.answer is not None and sample.key in partners
+    ]
+    differ = [(own, dense) for own, dense in pairs if own.answer != dense.answer]
+    scored = [pair for pair in differ if _primary(pair[0]) != _primary(pair[1])]
+    rest = [pair for pair in differ if _primary(pair[0]) == _primary(pair[1])]
+    return Differing(
+        label, len(pairs), len(differ), len(scored),
+        tuple(_example(*pair) for pair in (scored + rest)[:limit]),
+    )  # fmt: skip
+
+
+def _primary(sample: Sample) -> tuple[str, float] | None:
+    return next(iter(sample.scores.items()), None)
+
+
+def _example(own: Sample, dense: Sample) -> dict[str, Any]:
+    place = [own.task, "" if own.length is None else f"{own.length:,} tokens"]
+    place += [f"document {own.doc_id}", "" if own.depth is None else f"depth {own.depth:.0%}"]
+    return {
+        "where": ", ".join(filter(None, place)),
+        "prompt_hash": own.prompt_hash,
+        "answers": [
+            ("target", "", _clipped(own.target)),
+            ("dense", _score_line(dense), _clipped(dense.answer)),
+            ("method", _score_line(own), _clipped(own.answer)),
+        ],
+    }
+
+
+def _score_line(sample: Sample) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in sample.scores.items())
+
+
+def _clipped(text: str | None) -> str:
+    if text is None:
+        return "-"
+    rest = len(text) - _LONGEST_ANSWER
+    return text if rest <= 0 else f"{text[:_LONGEST_ANSWER]} … ({rest} more characters)"
+
+
+def _settings(params: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in params.items()) or "none"
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    """Machines, versions and commits behind a run's samples, and its patch settings."""
+    names = ("device", "cpu_capability", "threads", "platform")
+    tools = ("python", "torch", "transformers", "sparse_patch", "git")
+    machines = dict.fromkeys(
+        (
+            ", ".join(_named(sample, name) for name in names if name in sample.machine),
+            ", ".join(f"{name} {sample.machine[name]}" for name in tools if name in sample.machine),
+        )
+        for sample in run.samples
+    )
+    return {"machines": list(machines), "patch": _settings(run.patch)}
+
+
+def _named(sample: Sample, name: str) -> str:
+    value = str(sample.machine[name])
+    return f"{value} threads" if name == "threads" else value
+
+
+def command(section: Section) -> str:
+    """The `sparse-patch eval` line that makes such runs."""
+    runs = list(section.runs.values())
+    samples = [sample for run in runs for sample in run.samples]
+    lengths = sorted({sample.length for sample in samples if sample.length is not None})
+    counts: dict[tuple[str, str, int | None], int] = {}
+    for label, run in section.runs.items():
+        for sample in run.samples:
+            key = (label, sample.task, sample.length)
+            counts[key] = counts.get(key, 0) + 1
+    words = ["sparse-patch eval", f"--model {shlex.quote(section.model)}"]
+    words += [f"--method {shlex.quote(run.method)}" for run in _unique(runs)]
+    benchmarks = dict.fromkeys(sample.benchmark for sample in samples)
+    if benchmarks:
+        words.append(f"--tasks {shlex.quote(','.join(benchmarks))}")
+    if lengths:
+        words.append(f"--lengths {','.join(map(str, lengths))}")
+    if counts:
+        words.append(f"--limit {max(counts.values())}")
+    words += [f"--seed {section.seed}", f"--dtype {section.dtype}", f"--device {section.device}"]
+    words += ["--chat-template"] if section.chat_template else []
+    return " \\\n  ".join(words)
+
+
+def _unique(runs: Sequence[Run]) -> list[Run]:
+    return list({json.dumps([run.method]): run for run in runs}.values())
