@@ -48,7 +48,8 @@ class Answer:
             decoding would have written it.
         tail: float32 `[tail, vocab]`, logits of the prompt's last tokens.
         prefill_seconds: time-to-first-token.
-        density: kept / causal over all layers, those that ran exact counted as 1.
+        density: kept / causal, mean over the sparse calls; None if no call ran sparse.
+        sparse_calls: calls of the prefill that ran sparse, one a layer at most.
         recall: attention mass kept; None if it was not asked for, or nothing ran sparse.
         exact: exact calls of the prefill by reason; empty without a method.
     """
@@ -58,7 +59,8 @@ class Answer:
     scores: tuple[tuple[float, bool], ...]
     tail: Tensor = field(repr=False, compare=False)
     prefill_seconds: float
-    density: float
+    density: float | None
+    sparse_calls: int
     recall: float | None
     exact: dict[str, int]
 
@@ -109,7 +111,8 @@ def answer(
         scores=scores,
         tail=start.tail,
         prefill_seconds=start.seconds,
-        density=1.0 if report is None else whole_density(report),
+        density=None if report is None else report.density,
+        sparse_calls=0 if report is None else report.sparse_calls,
         recall=recall,
         exact={} if report is None else report.exact,
     )
@@ -125,17 +128,9 @@ def patched(
 
 
 def whole_density(report: Report) -> float:
-    """Density over all layers; one that ran exact counts as 1.
-
-    A layer's calls are weighed alike, whatever their length: meant for one prefill's report.
-    """
-    shares = []
-    for layer in report.layers:
-        prefill_calls = layer.sparse_calls - layer.decode_calls
-        exact = layer.calls - layer.sparse_calls
-        kept = exact + prefill_calls * (0.0 if layer.density is None else layer.density)
-        shares.append(kept / max(1, exact + prefill_calls))
-    return sum(shares) / len(shares)
+    """Density over all layers of one prefill; a layer that ran exact counts as 1."""
+    kept = [1.0 if layer.density is None else layer.density for layer in report.layers]
+    return sum(kept) / len(kept)
 
 
 def exact_share(report: Report) -> float:

@@ -18,6 +18,7 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
 import sparse_patch
+from sparse_patch_eval.cli_eval import evaluate, list_tasks
 from sparse_patch_eval.cli_report import report
 from sparse_patch_eval.demo import STEPS_PER_LENGTH, DemoRow, run_length, warm_up
 from sparse_patch_eval.models import load_for_lengths
@@ -30,7 +31,9 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-app.command()(report)
+app.command("eval")(evaluate)
+app.command("tasks")(list_tasks)
+app.command("report")(report)
 console = Console()
 errors = Console(stderr=True)
 
@@ -235,3 +238,7 @@ def _quiet_transformers() -> None:
 def _fail(error: Exception) -> NoReturn:
     errors.print(f"[bold red]error:[/] {error}", highlight=False)
     raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":  # accelerate launch -m sparse_patch_eval.cli eval ...
+    app()

@@ -165,7 +165,8 @@ def evaluate(
 
 
 def _show(folders: list[Path]) -> None:
-    from sparse_patch_eval.report import comparison_table, markdown
+    from sparse_patch_eval.report import comparison_table
+    from sparse_patch_eval.report_text import markdown
     from sparse_patch_eval.runs import find_runs
 
     console.print(markdown(comparison_table(find_runs(folders))), markup=False)

@@ -121,7 +121,7 @@ class LmUnit:
             said |= zip(continuations, map(list, one.scores), strict=True)
             found.append(one)
         responses = [said[n] for n in range(len(asked))]
-        return {"responses": responses, **measured(found, cut)}
+        return {"responses": responses, **measured(found, how, cut)}
 
     def _by_context(
         self, asked: list[Instance]

@@ -20,7 +20,7 @@ from typing import Any
 
 from sparse_patch import Method
 from sparse_patch_eval.rows import Row, RowFile
-from sparse_patch_eval.units import Sample, Unit, hash_of
+from sparse_patch_eval.units import Sample, Unit, hash_of, overall_density
 
 FORMAT = 1
 DENSE = "dense"
@@ -142,7 +142,7 @@ class RunFolder:
 
 
 def summary(samples: Iterable[Row]) -> list[Row]:
-    """Means by task and length."""
+    """Means by task and length; calls that ran exact have density 1."""
     groups: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in samples:
         groups.setdefault((row["benchmark"], row["task"], row["length"]), []).append(row)
@@ -151,7 +151,8 @@ def summary(samples: Iterable[Row]) -> list[Row]:
         names = dict.fromkeys(name for row in rows for name in row["scores"])
         about: Row = {"benchmark": benchmark, "task": task, "length": length, "n": len(rows)}
         about["scores"] = {name: _mean([row["scores"].get(name) for row in rows]) for name in names}
-        for name in ("density", "recall", "prefill_seconds"):
+        about["density"] = _mean([overall_density(row) for row in rows])
+        for name in ("recall", "prefill_seconds"):
             about[name] = _mean([row[name] for row in rows])
         found.append(about)
     return found

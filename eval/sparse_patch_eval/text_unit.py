@@ -80,7 +80,7 @@ class TextUnit:
                 "nll": float(F.cross_entropy(predicted, target)),
                 "kl": float(kl_rows(dense.tail[:-1], predicted).mean()),
             },
-            **measured([found]),
+            **measured([found], how),
         }
 
     def _prefill(self, sample: Sample, how: How) -> Answer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -71,9 +72,17 @@ class Scored:
 class Unit(Protocol):
     """One task at one length."""
 
-    benchmark: str
-    task: str
-    length: int | None
+    @property
+    def benchmark(self) -> str:
+        """What it belongs to."""
+
+    @property
+    def task(self) -> str:
+        """Its name."""
+
+    @property
+    def length(self) -> int | None:
+        """Prompt length, tokens; None for a task without lengths."""
 
     def samples(self) -> Sequence[Sample]:
         """All of them; the first ones stay the same when more are asked for."""
@@ -85,25 +94,38 @@ class Unit(Protocol):
         """Judge what was said, by doc_id."""
 
 
-def measured(found: Sequence[Answer], truncated: int = 0) -> Row:
+def measured(found: Sequence[Answer], how: How, truncated: int = 0) -> Row:
     """What a row says of the prefill, or prefills, behind a sample.
 
     Args:
         truncated: tokens of the prompt that were left out because they did not fit.
     """
-    recalls = [one.recall for one in found if one.recall is not None]
-    exact: dict[str, int] = {}
+    exact: Counter[str] = Counter()
     for one in found:
-        for reason, calls in one.exact.items():
-            exact[reason] = exact.get(reason, 0) + calls
-    return {
+        exact.update(one.exact)
+    sparse_calls = sum(one.sparse_calls for one in found)
+    kept = sum(one.sparse_calls * (one.density or 0.0) for one in found)
+    recalls = [one.recall for one in found if one.recall is not None]
+    row: Row = {
         "tokens": sum(one.tokens for one in found),
         "truncated": truncated,
-        "density": sum(one.density for one in found) / len(found),
+        "density": kept / sparse_calls if sparse_calls else None,
+        "sparse_calls": sparse_calls,
         "recall": sum(recalls) / len(recalls) if recalls else None,
-        "exact": exact,
+        "exact": dict(exact),
         "prefill_seconds": sum(one.prefill_seconds for one in found),
     }
+    if how.method is None:
+        row |= {"density": 1.0, "sparse_calls": None}
+    return row
+
+
+def overall_density(row: Row) -> float:
+    """A sample's density with calls that ran exact counted as 1."""
+    sparse, exact = row["sparse_calls"] or 0, sum(row["exact"].values())
+    if not sparse:
+        return 1.0
+    return float((sparse * row["density"] + exact) / (sparse + exact))
 
 
 def hash_of(content: Any) -> str:

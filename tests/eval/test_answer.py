@@ -67,25 +67,24 @@ def test_the_prompt_is_sparse_and_its_answer_is_not(tiny):
     assert found.exact == {}
     assert found.recall is None
     dense = answer(model, tokenizer, PROMPT, continuations=[[7, 8]])
-    assert dense.density == 1.0
+    assert dense.density is None
     assert dense.scores != found.scores
 
 
-def test_layers_that_ran_exact_count_as_density_one(tiny):
+def test_exact_layers_are_told_apart_from_sparse_ones(tiny):
     model, tokenizer = tiny
     method = get_method("a_shape", sink=4, window=8)
     options = {"min_length": 0, "min_queries": 8}
     every = answer(model, tokenizer, PROMPT, method=method, patch_options=options)
-    one = answer(
-        model,
-        tokenizer,
-        PROMPT,
-        method=method,
-        patch_options={**options, "dense_layers": 1},
-    )
+    options["dense_layers"] = 1
+    one = answer(model, tokenizer, PROMPT, method=method, patch_options=options)
     layers = model.config.num_hidden_layers
-    assert one.density == pytest.approx((1 + (layers - 1) * every.density) / layers)
+    assert (every.sparse_calls, one.sparse_calls) == (layers, layers - 1)
+    assert one.density == pytest.approx(every.density)
     assert sum(one.exact.values()) == 1
+    none = answer(model, tokenizer, PROMPT, method=method, patch_options={"min_length": 4000})
+    assert none.density is None
+    assert sum(none.exact.values()) == layers
 
 
 @torch.inference_mode()

@@ -45,7 +45,14 @@ class Counted:
         if len(self.asked) == self.killed_after:
             raise KeyboardInterrupt
         self.asked.append((sample.doc_id, type(how.method).__name__))
-        about = {"tokens": 9, "truncated": 0, "density": 0.5, "recall": None, "exact": {}}
+        about = {
+            "tokens": 9,
+            "truncated": 0,
+            "density": 0.5,
+            "sparse_calls": 2,
+            "recall": None,
+            "exact": {},
+        }
         return {
             **about,
             "prefill_seconds": 1.0,
@@ -213,7 +220,15 @@ def test_scores_of_another_task_stay(lab, tmp_path):
 
 
 def test_means_leave_out_what_is_not_known():
-    row = {"benchmark": "b", "task": "t", "length": None, "density": 0.5, "prefill_seconds": 1.0}
+    row = {
+        "benchmark": "b",
+        "task": "t",
+        "length": None,
+        "density": 0.5,
+        "sparse_calls": 1,
+        "exact": {"short": 3},
+        "prefill_seconds": 1.0,
+    }
     rows = [
         {**row, "recall": None, "scores": {"a": 1.0}},
         {**row, "recall": 0.5, "scores": {"a": 0.0, "b": 3.0}},
@@ -221,6 +236,7 @@ def test_means_leave_out_what_is_not_known():
     (found,) = summary(rows)
     assert found["scores"] == {"a": 0.5, "b": 3.0}
     assert found["recall"] == 0.5
+    assert found["density"] == (0.5 + 3) / 4
 
 
 # Perplexity
