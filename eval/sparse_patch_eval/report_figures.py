@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from sparse_patch_eval.report import Comparison, Score, speed_ups
+from sparse_patch_eval.report import Comparison, speed_ups
 from sparse_patch_eval.report_heatmaps import heat_maps
 from sparse_patch_eval.report_plots import (
     INK,
@@ -19,6 +19,7 @@ from sparse_patch_eval.report_plots import (
     shorten,
     styles,
 )
+from sparse_patch_eval.report_scores import Score
 from sparse_patch_eval.report_sections import Section
 
 
@@ -180,7 +181,7 @@ def _draw_forest(axes: Any, rows: list[Comparison], name: str, looks: dict[str, 
         gap = row.scores[name].difference
         assert gap is not None
         style = looks[row.method]
-        inside = "none" if gap.low <= 0 <= gap.high else style.colour
+        inside = style.colour if row.scores[name].is_clear else "none"
         axes.plot([gap.low, gap.high], [place, place], color=style.colour, linewidth=2)
         axes.plot(gap.mean, place, **_marker(row, looks, inside))
         axes.text(

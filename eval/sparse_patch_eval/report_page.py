@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from sparse_patch_eval.report import Comparison, Score
+from sparse_patch_eval.report import Comparison
 from sparse_patch_eval.report_figures import figures, overall
+from sparse_patch_eval.report_scores import Score
 from sparse_patch_eval.report_sections import Section, dense_partners
 from sparse_patch_eval.report_text import HOW_TO_READ, NOT_MEASURABLE, difference_text, number
 from sparse_patch_eval.runs import Run, Sample
@@ -204,7 +204,7 @@ def _score(score: Score, *, named: bool = False) -> Cell:
     gap, text, kind = score.difference, "", ""
     if gap is not None:
         text = difference_text(gap).replace("-", "\N{MINUS SIGN}")
-        if not gap.low <= 0 <= gap.high:
+        if score.is_clear:
             kind = "better" if (gap.mean > 0) == score.higher_is_better else "worse"
     return Cell(number(score.mean), score.mean, ", ".join(remarks), text, kind)
 
@@ -289,7 +289,7 @@ def command(section: Section) -> str:
             key = (label, sample.task, sample.length)
             counts[key] = counts.get(key, 0) + 1
     words = ["sparse-patch eval", f"--model {shlex.quote(section.model)}"]
-    words += [f"--method {shlex.quote(run.method)}" for run in _unique(runs)]
+    words += [f"--method {shlex.quote(one)}" for one in dict.fromkeys(run.method for run in runs)]
     benchmarks = dict.fromkeys(sample.benchmark for sample in samples)
     if benchmarks:
         words.append(f"--tasks {shlex.quote(','.join(benchmarks))}")
@@ -300,7 +300,3 @@ def command(section: Section) -> str:
     words += [f"--seed {section.seed}", f"--dtype {section.dtype}", f"--device {section.device}"]
     words += ["--chat-template"] if section.chat_template else []
     return " \\\n  ".join(words)
-
-
-def _unique(runs: Sequence[Run]) -> list[Run]:
-    return list({json.dumps([run.method]): run for run in runs}.values())

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_patch_eval.chance import MARGIN
-from sparse_patch_eval.report import Comparison, Score
+from sparse_patch_eval.report import Comparison
+from sparse_patch_eval.report_scores import Score
 from sparse_patch_eval.report_sections import Section
 from sparse_patch_eval.runs import Sample
 from sparse_patch_eval.stats import Estimate
@@ -17,7 +18,8 @@ NOT_MEASURABLE = "not measurable with this model"
 HOW_TO_READ = (
     "Scores are means over samples. In brackets: the difference to dense, mean over the samples "
     "that both runs have (paired by task, length, document and prompt), with its 95 % bootstrap "
-    "interval; an interval without 0 is a difference.",
+    "interval; an interval without 0 is a difference, given ten "
+    "pairs or more.",
     f"“{NOT_MEASURABLE}”: dense itself is near chance, so a method has nothing to lose. The "
     "rule: the lower end of dense's 95 % interval (Clopper-Pearson where every sample is right or "
     f"wrong, bootstrap otherwise) is not more than {MARGIN} above the score's chance level (rank: "

@@ -1,10 +1,8 @@
 """Runs from disk, the comparison with dense, and its text: on runs made up with a known answer."""
 
 import csv
-import importlib.util
 import json
 from math import exp
-from pathlib import Path
 
 import pytest
 from scipy.stats import binom
@@ -17,19 +15,7 @@ from sparse_patch_eval.runs import find_runs
 from sparse_patch_eval.stats import bootstrap, bootstrap_groups
 from typer.testing import CliRunner
 
-
-def _load_builder():
-    # tests/ is no package (--import-mode=importlib), so a helper beside a test is loaded by path.
-    spec = importlib.util.spec_from_file_location(
-        "run_builder", Path(__file__).with_name("run_builder.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-builder = _load_builder()
-sample, write_run = builder.sample, builder.write_run
+from tests.eval.run_builder import MACHINE, sample, write_comparison, write_run
 
 
 def rows_of(root):
@@ -198,6 +184,16 @@ def test_differences_are_paired_by_sample_and_bootstrapped(tmp_path):
     assert (row.n, row.paired) == (6, 6)
 
 
+@pytest.mark.parametrize(("n", "clear"), [(9, False), (10, True)])
+def test_a_difference_on_a_few_pairs_is_not_called_one(tmp_path, n, clear):
+    write_run(tmp_path / "dense", samples=[sample(k) for k in range(n)])
+    wrong = {"string_match": 0.0}
+    write_run(tmp_path / "hip", "hip", [sample(k, scores=wrong) for k in range(n)])
+    row = row_of(rows_of(tmp_path), "hip")
+    assert row.primary.is_clear == clear
+    assert row.flags == (() if clear else ("only 9 pairs: intervals too narrow",))
+
+
 def test_only_samples_with_the_same_prompt_are_paired(tmp_path):
     write_run(tmp_path / "dense", samples=[sample(n) for n in range(5)])
     hip = [sample(n, scores={"string_match": 0.0}) for n in range(4)]
@@ -228,7 +224,7 @@ def test_the_dense_run_beside_a_run_is_its_partner(tmp_path):
 
 def test_speed_up_is_the_median_of_paired_ratios_on_one_machine(tmp_path):
     dense, sparse = (1.0, 10.0, 4.0, 100.0), (0.5, 10.0, 1.0, 1.0)
-    other = {**builder.MACHINE, "device": "another"}
+    other = {**MACHINE, "device": "another"}
     write_run(
         tmp_path / "dense", samples=[sample(n, prefill_seconds=t) for n, t in enumerate(dense)]
     )
@@ -337,7 +333,7 @@ def test_a_method_that_ran_mostly_exact_is_flagged(tmp_path, fields, flag):
     write_run(tmp_path / "dense", samples=[sample()])
     write_run(tmp_path / "hip", "hip", [sample(**fields)])
     row = row_of(rows_of(tmp_path), "hip")
-    assert row.flags == (flag,)
+    assert flag in row.flags
     assert row.is_mostly_exact
     assert flag in markdown(rows_of(tmp_path))
 
@@ -349,7 +345,7 @@ def test_a_method_that_ran_mostly_sparse_is_not_flagged_and_its_exact_calls_are_
     row = row_of(rows_of(tmp_path), "hip")
     assert row.exact_share == 0.25
     assert row.density == pytest.approx((30 * 0.25 + 10) / 40)
-    assert row.flags == ("1 of 1 prompts truncated",)
+    assert row.flags == ("only 1 pairs: intervals too narrow", "1 of 1 prompts truncated")
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -366,7 +362,7 @@ def test_markdown_takes_any_name_as_text(tmp_path):
 
 
 def test_csv_files_hold_every_score_unformatted(tmp_path):
-    builder.write_comparison(tmp_path / "runs", samples=2, lengths=(2048,))
+    write_comparison(tmp_path / "runs", samples=2, lengths=(2048,))
     runs = find_runs([tmp_path / "runs"])
     rows = comparison_table(runs)
     write_summary(tmp_path / "summary.csv", rows)

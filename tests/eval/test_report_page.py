@@ -3,12 +3,10 @@
 import base64
 import hashlib
 import html
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -20,23 +18,12 @@ from sparse_patch_eval.report_plots import shorten
 from sparse_patch_eval.report_sections import sections
 from sparse_patch_eval.runs import find_runs
 
+from tests.eval.run_builder import sample, write_comparison, write_run
+
 EVIL = "</pre><script>document.title='owned'</script><img src=x onerror=alert(1)>&\"'"
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-
-
-def _load_builder():
-    spec = importlib.util.spec_from_file_location(
-        "run_builder", Path(__file__).with_name("run_builder.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-builder = _load_builder()
-sample, write_run = builder.sample, builder.write_run
 
 
 def page_of(root, **options):
@@ -49,9 +36,7 @@ def page_of(root, **options):
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    root = builder.write_comparison(
-        tmp_path_factory.mktemp("runs"), samples=6, lengths=(2048, 4096)
-    )
+    root = write_comparison(tmp_path_factory.mktemp("runs"), samples=6, lengths=(2048, 4096))
     rows = comparison_table(find_runs([root]))
     return rows[0].section, rows
 
