@@ -24,6 +24,11 @@ from sparse_patch import Method, Report
 from sparse_patch_eval.prefill import Prefill, prefill
 
 
+# Tokens of an answer that are scored in one forward: less than `min_queries` of a patch, so that
+# they attend exactly.
+_FEW = 32
+
+
 @dataclass(frozen=True)
 class Generation:
     """Greedy decoding that is asked for.
@@ -147,11 +152,12 @@ def likelihood(
     The prefill can be gone on from again afterwards.
     """
     wanted = torch.tensor(list(continuation), device=start.logits.device)
-    logits = start.logits[None]
-    if len(wanted) > 1:
-        with borrowed(start.cache) as cache:
-            out = model(wanted[None, :-1], past_key_values=cache, use_cache=True)
-        logits = torch.cat([logits, out.logits[0].float()])
+    parts = [start.logits[None]]
+    with borrowed(start.cache) as cache:
+        for tokens in wanted[:-1].split(_FEW):
+            out = model(tokens[None], past_key_values=cache, use_cache=True)
+            parts.append(out.logits[0].float())
+    logits = torch.cat(parts)
     log_probs = logits.log_softmax(-1).gather(1, wanted[:, None])
     return float(log_probs.sum()), bool((logits.argmax(-1) == wanted).all())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markdown import Markdown
 from rich.table import Table
 
 from sparse_patch_eval.console import console, fail, note, user_errors
@@ -85,6 +86,12 @@ def evaluate(
     min_length: Annotated[
         int, typer.Option(min=0, help="Prompts with fewer tokens run exact.")
     ] = 1024,
+    dense_layers: Annotated[
+        int | None, typer.Option(min=0, help="First layers kept exact; default: the method's own.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Of the sparse op: auto, cpu, triton or reference.")
+    ] = "auto",
     chat_template: Annotated[
         bool, typer.Option(help="Put prompts through the tokenizer's chat template.")
     ] = False,
@@ -150,7 +157,11 @@ def evaluate(
         setup = Setup(
             model=model,
             methods=tuple(method or ()),
-            patch_options={"min_length": min_length},
+            patch_options={
+                "min_length": min_length,
+                "dense_layers": dense_layers,
+                "backend": backend,
+            },
             model_settings={"dtype": dtype, "device": device, "model_args": model_args},
             seed=seed,
             chat_template=chat_template,
@@ -161,17 +172,19 @@ def evaluate(
         lm = SparsePatchLM(pretrained=model, dtype=dtype, device=device, **model_args)
         folders = run(setup, output, lm, lambda lm: build_units(wanted, lm))
         if lm.is_writer:
-            _show(folders)
+            _show(folders, output)
 
 
-def _show(folders: list[Path]) -> None:
+def _show(folders: list[Path], output: Path) -> None:
+    """The table of these runs, on the terminal and as table.md."""
     from sparse_patch_eval.report import comparison_table
     from sparse_patch_eval.report_text import markdown
     from sparse_patch_eval.runs import find_runs
 
-    console.print(markdown(comparison_table(find_runs(folders))), markup=False)
-    where = folders[0].parents[1]
-    note(f"samples and results: {where}; a page: sparse-patch report {where}")
+    table = markdown(comparison_table(find_runs(folders)))
+    (output / "table.md").write_text(table, encoding="utf-8")
+    console.print(Markdown(table))
+    note(f"wrote {output / 'table.md'}; a page: sparse-patch report {output}")
 
 
 def _pairs(flag: str, given: list[str] | None) -> dict[str, Any]:

@@ -7,6 +7,8 @@ ones, and a run that was killed is scored as if it had never stopped.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,12 +70,13 @@ class LmUnit:
             ValueError: the task asks for something that one prefill cannot answer.
         """
         if not self._samples:
-            self._task.build_all_requests(
-                limit=self._limit,
-                apply_chat_template=self._chat_template,
-                chat_template=self._lm.apply_chat_template if self._chat_template else None,
-                tokenizer_name=self._lm.tokenizer_name if self._chat_template else "",
-            )
+            with _without_bars():
+                self._task.build_all_requests(
+                    limit=self._limit,
+                    apply_chat_template=self._chat_template,
+                    chat_template=self._lm.apply_chat_template if self._chat_template else None,
+                    tokenizer_name=self._lm.tokenizer_name if self._chat_template else "",
+                )
             by_doc: dict[int, list[Instance]] = defaultdict(list)
             for instance in self._task.instances:
                 by_doc[instance.doc_id].append(instance)
@@ -160,13 +163,14 @@ class LmUnit:
             for doc_id, row in answered.items()
             for one, reply in zip(asked[doc_id], row["responses"], strict=True)
         }
-        result = lm_eval.evaluate(
-            _Replay(replies, self._lm),
-            {"tasks": {self.task: self._task}},
-            samples={self.task: sorted(answered)},
-            bootstrap_iters=0,
-            apply_chat_template=self._chat_template,
-        )
+        with _without_bars():
+            result = lm_eval.evaluate(
+                _Replay(replies, self._lm),
+                {"tasks": {self.task: self._task}},
+                samples={self.task: sorted(answered)},
+                bootstrap_iters=0,
+                apply_chat_template=self._chat_template,
+            )
         samples = result.pop("samples")[self.task]
         by_doc: dict[int, list[Row]] = defaultdict(list)
         for one in samples:
@@ -182,6 +186,11 @@ class LmUnit:
 def request_key(one: Instance) -> str:
     """Names a request by everything that is asked."""
     return hash_of([one.request_type, *one.args])
+
+
+def _without_bars() -> contextlib.AbstractContextManager[Any]:
+    """lm-eval draws a bar a task; logging keeps its own hold of the terminal."""
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 class _Replay(LM):  # type: ignore[misc]  # lm_eval has no types

@@ -101,6 +101,7 @@ class RunFolder:
         }
         if write:
             self._file.add(whole)
+            whole = self._file.rows[-1]  # with the machine
         self.take([whole])
 
     def take(self, rows: Iterable[Row]) -> None:

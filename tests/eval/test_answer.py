@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparse_patch_eval.answer import Generation, answer, cut, generate
+from sparse_patch_eval.answer import Generation, answer, cut, generate, likelihood
 from sparse_patch_eval.prefill import prefill
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from sparse_patch import get_method
+from sparse_patch import get_method, patch
 
 PROMPT = [3 + 7 * n % 250 for n in range(600)]
 
@@ -23,12 +23,22 @@ def _whole_log_prob(model, prompt, continuation):
 @torch.inference_mode()
 def test_likelihoods_are_those_of_one_forward_over_prompt_and_continuation(tiny):
     model, tokenizer = tiny
-    continuations = [[7], [7, 8, 9], [9, 9]]
+    continuations = [[7], [7, 8, 9], [9, 9], PROMPT[:100]]
     found = answer(model, tokenizer, PROMPT, continuations=continuations)
     for (log_prob, greedy), continuation in zip(found.scores, continuations, strict=True):
         expected, is_greedy = _whole_log_prob(model, PROMPT, continuation)
         assert log_prob == pytest.approx(expected, abs=1e-4)
         assert greedy == is_greedy
+
+
+def test_the_tokens_of_a_long_answer_attend_exactly(tiny):
+    model, tokenizer = tiny
+    method = get_method("a_shape", sink=4, window=8)
+    with patch(model, method, min_length=0) as handle:
+        start = prefill(model, torch.tensor([PROMPT]))
+        before = handle.report().sparse_calls
+        likelihood(model, start, PROMPT[:200])
+        assert handle.report().sparse_calls == before == model.config.num_hidden_layers
 
 
 def test_generation_is_what_transformers_generates_and_leaves_the_scores_alone(tiny):
