@@ -88,11 +88,14 @@ def patch(
     Raises:
         TypeError: `model` is not and does not hold a Transformers model.
         ValueError: the method, a parameter, a layer or the backend does not exist, or the model
-            cannot be patched; the message says why and what to do.
+            cannot be patched; the message says why and what to do. A parameter with values for
+            single heads does not go with a tensor-parallel model, which has a share of its heads
+            in each process.
         sparse_patch_kernels.BackendUnavailable: the backend named cannot run on the model's device.
     """
     root = _transformers_model(model)
     chosen = _as_method(method, params)
+    _refuse_tables_of_heads(root, chosen)
     modules = _attention_modules(root)
     if dense_layers is None:
         dense_layers = getattr(chosen, "dense_layers", 0)
@@ -238,6 +241,18 @@ def _as_method(method: str | Method, params: dict[str, Any]) -> Method:
     if not callable(getattr(method, "plan", None)):
         raise ValueError(f"method={method!r} must be a name or an object with plan(q, k, ...)")
     return method
+
+
+def _refuse_tables_of_heads(root: PreTrainedModel, method: Method) -> None:
+    """Head 0 of a process is head 0 of the model in the first process only."""
+    tables = method.head_tables() if isinstance(method, Method) else []
+    processes = getattr(root, "tp_size", None) or 1
+    if tables and processes > 1:
+        raise ValueError(
+            f"{type(method).__name__}: {', '.join(tables)} holds values for single heads, but this "
+            f"model is split over {processes} processes by its heads (tensor parallel), where they "
+            "would reach other heads. Give one value for all heads, or load without tp_plan."
+        )
 
 
 def _of_layer(method: Method, layer: int) -> Method:

@@ -108,10 +108,13 @@ class Method(ABC):
     Class attributes:
         source: where the method comes from, as arXiv ids or a repository.
         presets: named sets of parameters, `get_method(name, preset="paper")`.
+        tables: parameters that speak of single heads by their index, beside those that
+            `param(per_head=True)` says it of.
     """
 
     source: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    tables: ClassVar[tuple[str, ...]] = ()
 
     dense_layers: int = param(0, "first layers that sparse_patch.patch keeps exact", least=0)
 
@@ -168,6 +171,16 @@ class Method(ABC):
     def for_layer(self, layer: int) -> Method:
         """This method for one layer of a model; methods with tables per layer override it."""
         return self
+
+    def head_tables(self) -> list[str]:
+        """The parameters set here that hold values for single heads of the whole model."""
+        found = []
+        for field in dataclasses.fields(self):
+            rule, value = field.metadata.get("rule"), getattr(self, field.name)
+            listed = isinstance(value, tuple) and len(value) > 1 and rule and rule.per_head
+            if listed or (field.name in self.tables and value is not None):
+                found.append(field.name)
+        return found
 
 
 def check_sequence(q: Tensor, k: Tensor, q_offset: int) -> None:
