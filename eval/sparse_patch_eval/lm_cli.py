@@ -1,0 +1,61 @@
+"""lm-eval's own command line, with the model `sparse_patch` and our tasks in it.
+
+    python -m sparse_patch_eval.lm_cli run --model sparse_patch --model_args ... --tasks ...
+    accelerate launch --num_processes 2 -m sparse_patch_eval.lm_cli run ...    (data parallel)
+    torchrun --nproc-per-node 2 -m sparse_patch_eval.lm_cli run ... tp_plan=auto  (tensor parallel)
+
+`sparse-patch-lm-eval` is the first of these. Every argument is lm-eval's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sparse_patch_eval.lm  # noqa: F401 - registers the model, and says what is missing
+
+TASKS = Path(__file__).parent / "tasks"
+COMMANDS = ("run", "ls", "validate")
+
+
+def main() -> None:
+    """Run lm-eval's command line on `sys.argv`."""
+    import lm_eval
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv[1:] = with_our_tasks(sys.argv[1:])
+    if os.environ.get("RANK", "0") != "0":
+        lm_eval.simple_evaluate = _silenced(lm_eval.simple_evaluate)
+    cli_evaluate()
+
+
+def with_our_tasks(arguments: Sequence[str], tasks: Path = TASKS) -> list[str]:
+    """The arguments, with our folder of tasks unless they name another or there is none.
+
+    A configuration file may name one that the command line would overrule, so it is left alone:
+    there, say `include_path` in the file.
+    """
+    own = any(
+        word.startswith(("--i", "--conf", "-C")) for word in arguments
+    )  # argparse abbreviates
+    if own or len(arguments) < 2 or not tasks.is_dir():
+        return list(arguments)
+    command = list(arguments[:1]) if arguments[0] in COMMANDS else ["run"]
+    rest = arguments[1:] if arguments[0] in COMMANDS else arguments
+    return [*command, *rest, "--include_path", str(tasks)]
+
+
+def _silenced(evaluate: Any) -> Any:
+    """An evaluation without results: with tensor parallelism, lm-eval writes once per node."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        evaluate(*args, **kwargs)
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
