@@ -109,8 +109,10 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         if options.get("device_map") is not None:
             options["parallelize"] = True  # without it, HFLM drops the map
         pretrained, options = source_of(pretrained, device, options)
+        split = options.get("tp_plan") is not None or (getattr(pretrained, "tp_size", 0) or 1) > 1
+        self._start_processes(device, one_model=split)
         super().__init__(pretrained, device=device, **options)
-        self._join_processes(one_model=options.get("tp_plan") is not None)
+        self._share_data()
         self.patch: sparse_patch.Patch | None = None
         self._tally: Tally | None = None
         if self.method is not None:
@@ -119,17 +121,21 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             self._tally = Tally(self.patch)
         self._gathered: list[Sums] | None = None
 
-    def _join_processes(self, one_model: bool) -> None:
-        """Every process of every node takes a share of the data, unless they share one model.
+    def _start_processes(self, device: str, one_model: bool) -> None:
+        """Join the processes that were launched with this one, of every node.
 
-        HFLM does so with several GPUs on one node only.
+        HFLM's own way needs several GPUs on one node, and counts processes by node. What is set up
+        here is found by it later.
         """
-        one_model = one_model or (getattr(self._model, "tp_size", None) or 1) > 1
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if several and not one_model and not hasattr(self, "accelerator"):
+        self.tensor_parallel = several and one_model
+        if several and not one_model:
             forever = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
-            self.accelerator = Accelerator(kwargs_handlers=[forever])
-        self.tensor_parallel = one_model and several
+            # Told to, it uses the CPU; not told, a CPU machine is one process to it.
+            self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[forever])
+
+    def _share_data(self) -> None:
+        """Every process takes its share of the requests, unless they hold one model together."""
         if hasattr(self, "accelerator"):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes

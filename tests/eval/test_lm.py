@@ -113,10 +113,12 @@ def test_what_is_wrong_is_named_before_anything_is_loaded(options, message):
 # --- answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, "auto", "auto:3"])
-@pytest.mark.parametrize("continuation", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("continuation", "batch_size"),
+    [("decode", 1), ("decode", 4), ("prefill", 1), ("prefill", 4), ("prefill", "auto:3")],
+)
 def test_unpatched_likelihoods_are_those_of_hflm(model, reference, continuation, batch_size):
-    options = {"continuation": continuation, "batch_size": batch_size, "max_batch_size": 8}
+    options = {"continuation": continuation, "batch_size": batch_size, "max_batch_size": 4}
     lm = SparsePatchLM(model, **options)
     assert_same(scores(lm), scores(reference))
     rolling = instances("loglikelihood_rolling", [(text * 4,) for text in CONTEXTS])
@@ -155,7 +157,9 @@ def test_an_answer_is_decoded_from_one_sparse_prefill_of_its_context(model):
     found = scores(lm)
     contexts = len({context for context, _ in PAIRS})
     assert lm.sparse_patch_info()["prefill"]["calls"] == contexts * 3
-    assert lm.sparse_patch_info()["prefill"]["exact"] == {"decode": 3}, "the empty context"
+    assert lm.sparse_patch_info()["prefill"]["exact"] == {"decode": 3, "method": 3}, (
+        "one token in place of an empty context, and a context that is all window"
+    )
     plain = AutoModelForCausalLM.from_pretrained(model).eval()
     method = sparse_patch.get_method("a_shape", sink=4, window=16, block_size=16)
     for (context, continuation), score in zip(PAIRS[:10], found, strict=False):
@@ -213,7 +217,8 @@ def test_a_model_laid_out_by_device_map_gives_the_same_numbers(model, place, tmp
         else {"device_map": {"": "cpu"}}
     )
     lm = SparsePatchLM(model, **SPARSE, **options)
-    assert lm.model.hf_device_map == options["device_map"]
+    if place == "disk":
+        assert lm.model.model.layers[2].mlp.up_proj.weight.device.type == "meta"
     assert_same(scores(lm), scores(SparsePatchLM(model, **SPARSE)))
 
 
