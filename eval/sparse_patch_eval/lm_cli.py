@@ -38,9 +38,8 @@ def with_our_tasks(arguments: Sequence[str], tasks: Path = TASKS) -> list[str]:
     A configuration file may name one that the command line would overrule, so it is left alone:
     there, say `include_path` in the file.
     """
-    own = any(
-        word.startswith(("--i", "--conf", "-C")) for word in arguments
-    )  # argparse abbreviates
+    names = [word.split("=", 1)[0] for word in arguments]
+    own = any(name == "--config" or name.startswith(("-C", "--i")) for name in names)
     if own or len(arguments) < 2 or not tasks.is_dir():
         return list(arguments)
     command = list(arguments[:1]) if arguments[0] in COMMANDS else ["run"]

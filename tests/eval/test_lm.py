@@ -2,10 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from sparse_patch_eval import lm_cli
+from sparse_patch_eval import lm_cli, models
 from sparse_patch_eval.answer import answer
 from sparse_patch_eval.lm import SparsePatchLM
 from sparse_patch_eval.lm_options import PatchOptions, read_method
@@ -200,6 +201,35 @@ def test_a_loaded_model_works_too(model):
     assert lm.share([1, 2]) == [1, 2]
 
 
+def test_names_of_our_command_line_are_models_too(model, monkeypatch):
+    monkeypatch.setattr(models, "smollm2", lambda: Path(model))
+    assert_same(scores(SparsePatchLM("smollm2")), scores(SparsePatchLM(model)))
+    asked = {}
+
+    def load(name, **options):
+        asked.update(options, name=name)
+        return AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+
+    monkeypatch.setattr(models, "load", load)
+    found = scores(SparsePatchLM("a/tiny.gguf", dtype="float32", **SPARSE))
+    assert asked == {"name": "a/tiny.gguf", "dtype": "float32", "device": "cpu"}
+    assert_same(found, scores(SparsePatchLM(model, **SPARSE)))
+
+
+def test_an_adapter_is_patched_with_its_model(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora)
+    tuned.save_pretrained(tmp_path)
+    lm = SparsePatchLM(model, peft=str(tmp_path), **SPARSE)
+    merged = tuned.merge_and_unload()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert_same(scores(lm), scores(SparsePatchLM(merged, tokenizer=tokenizer, **SPARSE)))
+    assert scores(lm) != scores(SparsePatchLM(model, **SPARSE))
+    assert lm.sparse_patch_info()["density"] < 1
+
+
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_a_model_laid_out_by_device_map_gives_the_same_numbers(model, place, tmp_path):
     layout = {
@@ -274,6 +304,8 @@ def test_our_tasks_are_found_without_a_word(tmp_path):
     assert lm_cli.with_our_tasks(given[1:], tmp_path) == [*given, "--include_path", str(tmp_path)]
     for own in (["--include_path=/x"], ["--config", "f.yaml"], ["-C", "f.yaml"]):
         assert lm_cli.with_our_tasks([*given, *own], tmp_path) == [*given, *own]
+    unsafe = [*given, "--confirm_run_unsafe_code"]
+    assert lm_cli.with_our_tasks(unsafe, tmp_path)[-1] == str(tmp_path)
     assert lm_cli.with_our_tasks(given, tmp_path / "none") == given
     assert lm_cli.with_our_tasks(["run"], tmp_path) == ["run"]
 
