@@ -67,6 +67,9 @@ def patch(
     by row without its padding; decode steps do with the methods that choose keys for them, too
     (`hip`, `infinite_hip`). Every other call runs exact attention and is counted by reason.
 
+    On a tensor-parallel model a process sees its share of the heads: what a method shares among all
+    heads (the one list of `dhsa` and `infinite_hip`) is then shared among those.
+
     Args:
         model: a Transformers decoder model, or a wrapper that holds one. Of a vision-language model
             only the text decoder is patched.
@@ -88,14 +91,14 @@ def patch(
     Raises:
         TypeError: `model` is not and does not hold a Transformers model.
         ValueError: the method, a parameter, a layer or the backend does not exist, or the model
-            cannot be patched; the message says why and what to do. A parameter with values for
-            single heads does not go with a tensor-parallel model, which has a share of its heads
-            in each process.
+            cannot be patched; the message says why and what to do. A parameter that is about all
+            heads together (values per head, say) is refused on a tensor-parallel model, which has
+            a share of its heads in each process.
         sparse_patch_kernels.BackendUnavailable: the backend named cannot run on the model's device.
     """
     root = _transformers_model(model)
     chosen = _as_method(method, params)
-    _refuse_tables_of_heads(root, chosen)
+    _refuse_split_heads(root, chosen)
     modules = _attention_modules(root)
     if dense_layers is None:
         dense_layers = getattr(chosen, "dense_layers", 0)
@@ -243,15 +246,16 @@ def _as_method(method: str | Method, params: dict[str, Any]) -> Method:
     return method
 
 
-def _refuse_tables_of_heads(root: PreTrainedModel, method: Method) -> None:
+def _refuse_split_heads(root: PreTrainedModel, method: Method) -> None:
     """Head 0 of a process is head 0 of the model in the first process only."""
-    tables = method.head_tables() if isinstance(method, Method) else []
+    names = method.needs_all_heads() if isinstance(method, Method) else []
     processes = getattr(root, "tp_size", None) or 1
-    if tables and processes > 1:
+    if names and processes > 1:
         raise ValueError(
-            f"{type(method).__name__}: {', '.join(tables)} holds values for single heads, but this "
-            f"model is split over {processes} processes by its heads (tensor parallel), where they "
-            "would reach other heads. Give one value for all heads, or load without tp_plan."
+            f"{type(method).__name__}: {', '.join(names)} is about all heads of the model, but "
+            f"this model is split over {processes} processes by its heads (tensor parallel), where "
+            "it would mean others. Give one value for all heads, leave it at its default, or load "
+            "the model without tp_plan."
         )
 
 

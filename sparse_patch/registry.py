@@ -108,13 +108,13 @@ class Method(ABC):
     Class attributes:
         source: where the method comes from, as arXiv ids or a repository.
         presets: named sets of parameters, `get_method(name, preset="paper")`.
-        tables: parameters that speak of single heads by their index, beside those that
-            `param(per_head=True)` says it of.
+        spans_heads: parameters that mean something else on a share of a model's heads, such as
+            tables by head; those of `param(per_head=True)` are known without.
     """
 
     source: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    tables: ClassVar[tuple[str, ...]] = ()
+    spans_heads: ClassVar[tuple[str, ...]] = ()
 
     dense_layers: int = param(0, "first layers that sparse_patch.patch keeps exact", least=0)
 
@@ -172,13 +172,13 @@ class Method(ABC):
         """This method for one layer of a model; methods with tables per layer override it."""
         return self
 
-    def head_tables(self) -> list[str]:
-        """The parameters set here that hold values for single heads of the whole model."""
+    def needs_all_heads(self) -> list[str]:
+        """The parameters set here that are right on all heads of a model together only."""
         found = []
         for field in dataclasses.fields(self):
             rule, value = field.metadata.get("rule"), getattr(self, field.name)
             listed = isinstance(value, tuple) and len(value) > 1 and rule and rule.per_head
-            if listed or (field.name in self.tables and value is not None):
+            if listed or (field.name in self.spans_heads and value is not None):
                 found.append(field.name)
         return found
 

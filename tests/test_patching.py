@@ -116,6 +116,24 @@ def test_dense_layers_stay_exact(llama):
     assert [layer.sparse_calls for layer in handle.report().layers] == [1, 1, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("method", "params", "named"),
+    [
+        ("pbs", {"tau": (0.9, 0.8)}, "tau"),
+        ("minference", {"heads": ((0, "stream_llm", 4, 16),)}, "heads"),
+        ("proxyattn", {"n_proxy": 1}, "n_proxy"),
+    ],
+)
+def test_a_model_split_by_heads_refuses_what_is_about_all_of_them(llama, method, params, named):
+    """In tests/eval/test_scale_out.py the model is really split; here it only says so."""
+    llama._tp_size = 2
+    with pytest.raises(ValueError, match=f"{named} is about all heads .* over 2 processes"):
+        sparse_patch.patch(llama, method, **params)
+    sparse_patch.patch(llama, method)
+    llama._tp_size = None
+    sparse_patch.patch(llama, method, **params)
+
+
 def test_two_models_two_methods(llama):
     other = tiny_model("llama")
     sparse_patch.patch(llama, "flexprefill", **FLEX)

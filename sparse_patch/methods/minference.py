@@ -67,7 +67,7 @@ class MInference(Method):
     """Vertical and slash lines of a probe, or the pattern that a table gives a head."""
 
     source: ClassVar[str] = "arXiv:2407.02490"
-    tables: ClassVar[tuple[str, ...]] = ("patterns", "heads")
+    spans_heads: ClassVar[tuple[str, ...]] = ("patterns", "heads")
 
     pattern: str = param(
         "vertical_and_slash", "what a head keeps that no table lists", choices=tuple(_READS)

@@ -39,6 +39,7 @@ class ProxyAttn(BlockScorer):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"n_proxy": 1, "stride_q": 4, "stride_k": 4, "sink_blocks": 0, "local_blocks": 1}
     }
+    spans_heads: ClassVar[tuple[str, ...]] = ("n_proxy",)
 
     select: str = param(
         "per_head_budget",

@@ -44,7 +44,7 @@ class XAttention(BlockScorer):
 
     source: ClassVar[str] = "arXiv:2503.16428"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"s16": {"stride": 16}}
-    tables: ClassVar[tuple[str, ...]] = ("thresholds",)
+    spans_heads: ClassVar[tuple[str, ...]] = ("thresholds",)
 
     gamma: float | tuple[float, ...] = param(
         0.9,

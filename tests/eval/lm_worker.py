@@ -51,7 +51,7 @@ def score(lm):
 
 
 def refusal(model, method):
-    """What is said to a method with values per head."""
+    """What is said to a method with a parameter about all heads."""
     try:
         SparsePatchLM(model, method=method, tp_plan="auto")
     except ValueError as error:
@@ -63,9 +63,10 @@ def tensor_parallel(model):
     method = Watching(sink=4, window=16, block_size=16)
     lm = SparsePatchLM(model, tp_plan="auto", **{**SPARSE, "method": method})
     asked = [(context, {"max_gen_toks": 6}) for context, _ in PAIRS[:-1:5]]
-    tables = (
+    of_all_heads = (
         {"name": "xattention", "gamma": (0.9, 0.8, 0.7, 0.6)},
         {"name": "minference", "heads": [(0, "stream_llm", 4, 16)]},
+        {"name": "proxyattn", "preset": "paper"},
     )
     return {
         "scores": score(lm),
@@ -74,7 +75,7 @@ def tensor_parallel(model):
         "writer": lm.is_writer,
         "shared": lm.share(["row"]),
         "run": evaluate(lm),
-        "refused": [refusal(model, table) for table in tables],
+        "refused": [refusal(model, table) for table in of_all_heads],
     }
 
 

@@ -137,10 +137,11 @@ def test_one_tensor_parallel_process_writes_for_all(workers, alone):
     assert first["run"]["info"]["density"] < 1
 
 
-def test_values_for_single_heads_are_refused_when_heads_are_split(workers):
+def test_what_is_about_all_heads_is_refused_when_heads_are_split(workers):
     for worker in workers:
-        for text, name in zip(worker["tensor"]["refused"], ("gamma", "heads"), strict=True):
-            assert f"{name} holds values for single heads" in text
+        names = ("gamma", "heads", "n_proxy")
+        for text, name in zip(worker["tensor"]["refused"], names, strict=True):
+            assert f"{name} is about all heads" in text
 
 
 def test_every_node_takes_its_share_of_the_data(workers, alone):
