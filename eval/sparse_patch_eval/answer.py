@@ -23,7 +23,6 @@ import sparse_patch
 from sparse_patch import Method, Report
 from sparse_patch_eval.prefill import Prefill, prefill
 
-
 # Tokens of an answer that are scored in one forward: less than `min_queries` of a patch, so that
 # they attend exactly.
 _FEW = 32
@@ -154,7 +153,8 @@ def likelihood(
     wanted = torch.tensor(list(continuation), device=start.logits.device)
     parts = [start.logits[None]]
     with borrowed(start.cache) as cache:
-        for tokens in wanted[:-1].split(_FEW):
+        for n in range(0, len(wanted) - 1, _FEW):
+            tokens = wanted[n : min(n + _FEW, len(wanted) - 1)]
             out = model(tokens[None], past_key_values=cache, use_cache=True)
             parts.append(out.logits[0].float())
     logits = torch.cat(parts)

@@ -76,6 +76,8 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         options: everything else HFLM takes. With `softmax_dtype`, only float32 is taken, which
             likelihoods are computed in.
 
+    A loaded model that is given stays patched until `unpatch`.
+
     Raises:
         ValueError: an argument is wrong; those of the method before any weight is loaded.
     """
@@ -110,7 +112,7 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             options["parallelize"] = True  # without it, HFLM drops the map
         pretrained, options = source_of(pretrained, device, options)
         split = options.get("tp_plan") is not None or (getattr(pretrained, "tp_size", 0) or 1) > 1
-        self._start_processes(device, one_model=split)
+        self._start_processes(device, options.get("batch_size"), one_model=split)
         super().__init__(pretrained, device=device, **options)
         self._share_data()
         self.patch: sparse_patch.Patch | None = None
@@ -121,7 +123,7 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             self._tally = Tally(self.patch)
         self._gathered: list[Sums] | None = None
 
-    def _start_processes(self, device: str, one_model: bool) -> None:
+    def _start_processes(self, device: str, batch_size: Any, one_model: bool) -> None:
         """Join the processes that were launched with this one, of every node.
 
         HFLM's own way needs several GPUs on one node, and counts processes by node. What is set up
@@ -130,6 +132,9 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.tensor_parallel = several and one_model
         if several and not one_model:
+            if str(batch_size).startswith("auto:"):
+                # Each would look for its sizes at other places, and wait there for the others.
+                raise ValueError(f"batch_size={batch_size} needs one process; use auto or a number")
             forever = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
             # Told to, it uses the CPU; not told, a CPU machine is one process to it.
             self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[forever])
@@ -139,8 +144,12 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         if hasattr(self, "accelerator"):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
-            if self.world_size > 1 and self.batch_schedule != 1:
-                raise ValueError("batch_size=auto:N needs one process; use auto or a number")
+
+    def unpatch(self) -> None:
+        """Leave the model as it was before; the report of what was done stays."""
+        if self.patch is not None and self._tally is not None:
+            self._tally.remove()
+            self.patch.remove()
 
     # --- several processes -----------------------------------------------------------------------
 
@@ -261,11 +270,14 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def _by_decode(self, asked: Sequence[Scored]) -> Iterator[tuple[int, Score]]:
         """One prefill per context; its answers go on from there. The longest comes first."""
         for members in groups_of(asked, lambda one: one.context):
-            ids = torch.tensor([asked[members[0]].context], device=self.device)
-            with self._autocast():
-                start = prefill(self.model, ids)
-                scores = [likelihood(self.model, start, asked[n].continuation) for n in members]
-            yield from zip(members, scores, strict=True)
+            yield from zip(members, self._go_on([asked[n] for n in members]), strict=True)
+
+    def _go_on(self, asked: Sequence[Scored]) -> list[Score]:
+        """Continuations of one context. Its cache ends with this call, before the next begins."""
+        ids = torch.tensor([asked[0].context], device=self.device)
+        with self._autocast():
+            start = prefill(self.model, ids)
+            return [likelihood(self.model, start, one.continuation) for one in asked]
 
     def _by_prefill(self, asked: Sequence[Scored], size: int | None) -> Iterator[tuple[int, Score]]:
         """Context and answer in one forward, a batch at a time; equal inputs run once."""

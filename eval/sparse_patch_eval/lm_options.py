@@ -132,7 +132,7 @@ class PatchOptions:
         return options
 
     def given(self) -> dict[str, Any]:
-        """What differs from the defaults, JSON-ready."""
+        """What was given, JSON-ready."""
         return {
             key: str(value) if isinstance(value, slice) else value
             for key, value in vars(self).items()

@@ -32,7 +32,7 @@ def test_likelihoods_are_those_of_one_forward_over_prompt_and_continuation(tiny)
 
 
 def test_the_tokens_of_a_long_answer_attend_exactly(tiny):
-    model, tokenizer = tiny
+    model, _ = tiny
     method = get_method("a_shape", sink=4, window=8)
     with patch(model, method, min_length=0) as handle:
         start = prefill(model, torch.tensor([PROMPT]))

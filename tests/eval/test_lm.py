@@ -104,6 +104,12 @@ def test_what_is_wrong_is_named_before_anything_is_loaded(options, message):
         SparsePatchLM(**{"pretrained": "/no/such/model", **options})
 
 
+def test_processes_that_share_the_data_do_not_look_for_several_batch_sizes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="batch_size=auto:4 needs one process"):
+        SparsePatchLM("/no/such/model", batch_size="auto:4")
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 
@@ -191,6 +197,12 @@ def test_a_loaded_model_works_too(model):
     lm = SparsePatchLM(loaded, tokenizer=tokenizer, **SPARSE)
     assert_same(scores(lm), scores(SparsePatchLM(model, **SPARSE)))
     assert lm.is_writer
+    density = lm.sparse_patch_info()["density"]
+    lm.unpatch()
+    assert_same(scores(lm), scores(SparsePatchLM(model)))
+    assert lm.sparse_patch_info()["density"] == density < 1
+    assert not loaded._forward_hooks
+    assert not loaded._forward_pre_hooks
     assert lm.share([1, 2]) == [1, 2]
 
 
