@@ -72,7 +72,7 @@ class CommonWords:
         is_short = draw.length < self.short_below
         often = self.short if is_short else Frequencies(self.freq_cw, self.freq_ucw)
         shown = self.short_example if is_short else self.example
-        words = Series(_endless(draw.random("words")))
+        words = Series(endless_words(draw.random("words")))
         common = words.first(self.num_cw)
         others = words.first(2 * self.num_cw)[self.num_cw :]
         wrong = one_replaced(common, others, draw.random("wrong"))
@@ -92,13 +92,13 @@ class CommonWords:
         return Growth(build, least=2 * self.num_cw, most=draw.length)
 
     def _example(self, draw: Draw, often: Frequencies) -> str:
-        words = Series(_endless(draw.random("example words"))).first(often.num_words)
+        words = Series(endless_words(draw.random("example words"))).first(often.num_words)
         entries = _entries(words, self.num_cw, often, draw.random("example order"))
         question = _COMMON.format(context=_numbered(entries))
         return f"{question} {_COMMON_PREFIX} {_numbered(words[: self.num_cw])}"
 
 
-def _endless(rng: random.Random) -> Iterator[str]:
+def endless_words(rng: random.Random) -> Iterator[str]:
     """All words there are, in random order; then pairs of words (past 100k tokens)."""
     words = vocabulary("noun", "adjective", "verb")
     yield from chain(rng.sample(words, len(words)), distinct("words", rng))
