@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 
 from sparse_patch_eval.tasks.sample import Draw, Growth, Sample, Series, one_replaced
-from sparse_patch_eval.tasks.values import distinct, vocabulary
+from sparse_patch_eval.tasks.values import distinct, letters, vocabulary
 
 _COMMON = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -133,7 +133,7 @@ class FrequentWords:
     def grow(self, draw: Draw) -> Growth:
         """Draw the vocabulary; units are the words of the text before rounding."""
         size = max(draw.length // self.tokens_per_word, _LEAST_VOCABULARY)
-        coded = _coded(draw.random("words"), self.coded_wordlen)
+        coded = letters(string.ascii_lowercase, self.coded_wordlen, draw.random("words"))
         words = [_DOTS, *Series(coded).first(size - 1)]
         top, next_best = words[1:4], words[4:7]
         wrong = one_replaced(top, next_best, draw.random("wrong"))
@@ -165,12 +165,3 @@ def zeta_counts(number: int, size: int, alpha: float) -> list[int]:
     from scipy.special import zeta
 
     return [int(number * rank**-alpha / zeta(alpha)) for rank in range(1, size + 1)]
-
-
-def _coded(rng: random.Random, letters: int) -> Iterator[str]:
-    seen: set[str] = set()
-    while True:
-        word = "".join(rng.choices(string.ascii_lowercase, k=letters))
-        if word not in seen:
-            seen.add(word)
-            yield word
