@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 
 from sparse_patch_eval.tasks.sample import Draw, Growth, Sample, Series, one_replaced
-from sparse_patch_eval.tasks.values import distinct, vocabulary
+from sparse_patch_eval.tasks.values import distinct, letters, vocabulary
 
 _COMMON = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -72,7 +72,7 @@ class CommonWords:
         is_short = draw.length < self.short_below
         often = self.short if is_short else Frequencies(self.freq_cw, self.freq_ucw)
         shown = self.short_example if is_short else self.example
-        words = Series(_endless(draw.random("words")))
+        words = Series(endless_words(draw.random("words")))
         common = words.first(self.num_cw)
         others = words.first(2 * self.num_cw)[self.num_cw :]
         wrong = one_replaced(common, others, draw.random("wrong"))
@@ -92,13 +92,13 @@ class CommonWords:
         return Growth(build, least=2 * self.num_cw, most=draw.length)
 
     def _example(self, draw: Draw, often: Frequencies) -> str:
-        words = Series(_endless(draw.random("example words"))).first(often.num_words)
+        words = Series(endless_words(draw.random("example words"))).first(often.num_words)
         entries = _entries(words, self.num_cw, often, draw.random("example order"))
         question = _COMMON.format(context=_numbered(entries))
         return f"{question} {_COMMON_PREFIX} {_numbered(words[: self.num_cw])}"
 
 
-def _endless(rng: random.Random) -> Iterator[str]:
+def endless_words(rng: random.Random) -> Iterator[str]:
     """All words there are, in random order; then pairs of words (past 100k tokens)."""
     words = vocabulary("noun", "adjective", "verb")
     yield from chain(rng.sample(words, len(words)), distinct("words", rng))
@@ -133,7 +133,7 @@ class FrequentWords:
     def grow(self, draw: Draw) -> Growth:
         """Draw the vocabulary; units are the words of the text before rounding."""
         size = max(draw.length // self.tokens_per_word, _LEAST_VOCABULARY)
-        coded = _coded(draw.random("words"), self.coded_wordlen)
+        coded = letters(string.ascii_lowercase, self.coded_wordlen, draw.random("words"))
         words = [_DOTS, *Series(coded).first(size - 1)]
         top, next_best = words[1:4], words[4:7]
         wrong = one_replaced(top, next_best, draw.random("wrong"))
@@ -165,12 +165,3 @@ def zeta_counts(number: int, size: int, alpha: float) -> list[int]:
     from scipy.special import zeta
 
     return [int(number * rank**-alpha / zeta(alpha)) for rank in range(1, size + 1)]
-
-
-def _coded(rng: random.Random, letters: int) -> Iterator[str]:
-    seen: set[str] = set()
-    while True:
-        word = "".join(rng.choices(string.ascii_lowercase, k=letters))
-        if word not in seen:
-            seen.add(word)
-            yield word

@@ -78,18 +78,9 @@ def documents(
     """
     generator = _generator(task, wording)
     lengths = _lengths(max_seq_lengths)
-    for name, value, least in (
-        ("num_samples", num_samples, 1),
-        ("reserve", reserve, 0),
-        ("depths", depths, 2),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of {least} or more")
+    _check(num_samples=(num_samples, 1), reserve=(reserve, 0), depths=(depths, 2))
     if task == GRID:
-        shares = [place / (depths - 1) for place in range(depths)]
-        cells = [
-            (f"{index}-{share:.6f}", share) for index in range(num_samples) for share in shares
-        ]
+        cells = list(_grid_cells(num_samples, depths))
     else:
         cells = [(str(n), share) for n, share in enumerate(_depths(task, seed, num_samples))]
     made = []
@@ -111,11 +102,26 @@ def _generator(task: str, wording: str) -> Generator:
     return GRID_WORDINGS[wording] if task == GRID else GENERATORS[task]
 
 
+def _check(**counts: tuple[Any, int]) -> None:
+    """Refuse what is no whole number, or less than the least."""
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of {least} or more")
+
+
 def _lengths(given: Any) -> list[int]:
     whole = isinstance(given, Sequence) and not isinstance(given, str)
     if not whole or not given or not all(isinstance(n, int) and n > 0 for n in given):
         raise ValueError(f"max_seq_lengths={given!r} must be a list of token counts, as in [4096]")
     return list(given)
+
+
+def _grid_cells(num_samples: int, depths: int) -> Iterator[tuple[str, float]]:
+    """Name and depth of each cell: all depths of the first sample, then of the next."""
+    for index in range(num_samples):
+        for place in range(depths):
+            share = place / (depths - 1)
+            yield f"{index}-{share:.6f}", share
 
 
 def _depths(task: str, seed: int, count: int) -> Iterator[float]:

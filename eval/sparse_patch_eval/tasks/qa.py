@@ -99,7 +99,9 @@ def _rivals(fact: Fact, answer: str, needed: list[Paragraph], around: list[Parag
     near = [v for one in needed for f, v in one.facts if f.value == fact.value and v != answer]
     told = [pair for one in around for pair in one.facts]
     same = [value for other, value in told if other == fact]
-    return near + same + [v for other, v in told if other.value == fact.value and other != fact]
+    alike = [value for other, value in told if other.value == fact.value and other != fact]
+    names = [one.name for one in around if one.kind == fact.value]
+    return list(dict.fromkeys(near + same + alike + names))  # linked documents share a name
 
 
 def _spellings(fact: Fact, answer: str) -> tuple[str, ...]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 from sparse_patch_eval.tasks.sample import Draw, Growth, Sample, Series, one_replaced
-from sparse_patch_eval.tasks.values import NOISE, insert
+from sparse_patch_eval.tasks.values import NOISE, insert, letters
 
 _PROMPT = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
@@ -69,9 +68,9 @@ class Tracing:
 
         return Growth(build, least=self.num_hops + 1, most=draw.length)
 
-    def _chains(self, rng: random.Random, letters: int, numbers: list[int]) -> list[_Chain]:
+    def _chains(self, rng: random.Random, size: int, numbers: list[int]) -> list[_Chain]:
         length = self.num_hops + 1
-        names = Series(_names(rng, letters)).first(self.num_chains * length)
+        names = Series(letters(string.ascii_uppercase, size, rng)).first(self.num_chains * length)
         return [
             _Chain(
                 names[n * length : (n + 1) * length],
@@ -105,12 +104,3 @@ def _text(chains: list[_Chain], units: int) -> str:
     cuts = [round(units * depth) for chain in chains for depth in chain.depths]
     statements = [statement for chain in chains for statement in chain.statements]
     return "\n".join(insert([NOISE] * units, cuts, statements))
-
-
-def _names(rng: random.Random, letters: int) -> Iterator[str]:
-    seen: set[str] = set()
-    while True:
-        name = "".join(rng.choices(string.ascii_uppercase, k=letters))
-        if name not in seen:
-            seen.add(name)
-            yield name

@@ -50,6 +50,16 @@ def _value(kind: ValueType, rng: random.Random) -> str:
     return f"{rng.choice(vocabulary('adjective'))}-{rng.choice(vocabulary('noun'))}"
 
 
+def letters(alphabet: str, size: int, rng: random.Random) -> Iterator[str]:
+    """Endless random strings of `size` letters, none twice."""
+    seen: set[str] = set()
+    while True:
+        value = "".join(rng.choices(alphabet, k=size))
+        if value not in seen:
+            seen.add(value)
+            yield value
+
+
 @cache
 def vocabulary(*categories: str) -> tuple[str, ...]:
     """All words of some categories ("noun", "adjective", "verb"), sorted.

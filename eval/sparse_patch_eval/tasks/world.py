@@ -117,9 +117,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph, its subject, and the facts it tells with their values."""
+    """A paragraph, the name of its subject and of what kind that is, and the facts with values."""
 
     name: str
+    kind: str
     facts: tuple[tuple[Fact, str], ...]
     text: str
 
@@ -163,7 +164,7 @@ def paragraph(
     sentences = [_worded(fact, value, subject, kind, noun, rng) for fact, value in values]
     sentences.insert(rng.randint(0, len(sentences)), rng.choice(kind.asides))
     opening = rng.choice(kind.openings).format(name=subject, noun=noun)
-    return Paragraph(subject, values, " ".join([opening, *sentences]))
+    return Paragraph(subject, kind.name, values, " ".join([opening, *sentences]))
 
 
 def _worded(fact: Fact, value: str, subject: str, kind: Kind, noun: str, rng: random.Random) -> str:
