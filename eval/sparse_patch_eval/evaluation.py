@@ -144,7 +144,7 @@ def _ask(
             answer(
                 lm.model,
                 lm.tokenizer,
-                [lm.prefix_token_id] * min(_WARM_UP, lm.max_length),
+                [n % 128 for n in range(min(_WARM_UP, lm.max_length))],
                 method=method,
                 patch_options=setup.patch_options,
             )

@@ -21,7 +21,7 @@ A_SHAPE = "a_shape:sink=4,window=64"
 class Lab:
     """Stands in for the lm-eval model: one process and a tiny model."""
 
-    rank, world_size, is_writer, prefix_token_id, max_length = 0, 1, True, 1, 4096
+    rank, world_size, is_writer, max_length = 0, 1, True, 4096
 
     def __init__(self, tiny):
         self.model, self.tokenizer = tiny

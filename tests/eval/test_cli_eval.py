@@ -1,0 +1,177 @@
+"""`sparse-patch eval`, from the command line to the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from sparse_patch_eval.cli import app
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+A_SHAPE = "a_shape:sink=16,window=128"
+CONFIGS = sorted((ROOT / "scripts" / "eval").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def run():
+    runner = CliRunner()
+
+    def invoke(*words, fails=False):
+        result = runner.invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+        assert (result.exit_code == 2) == fails, result.output
+        if not fails:
+            assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def model(folder, tmp_path_factory):
+    """The tiny model, with what lm-eval expects of a tokenizer: a last token, a chat template."""
+    path = tmp_path_factory.mktemp("cli") / "model"
+    shutil.copytree(folder / "model", path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.eos_token = tokenizer.pad_token = "~"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def words(folder, model, tmp_path):
+    """A small evaluation, without what a test changes."""
+    text = folder / "walks.txt"
+    tasks = f"sp_passkey,perplexity_{text}"
+    return [
+        "eval", "--model", model, "--method", A_SHAPE, "--tasks", tasks,
+        "--lengths", "2k", "--limit", "2", "--output", tmp_path / "runs",
+    ]  # fmt: skip
+
+
+def _runs(folder):
+    found = {}
+    for path in folder.rglob("run.json"):
+        about = json.loads(path.read_text())
+        samples = (path.parent / "samples.jsonl").read_text().splitlines()
+        found[about["method"]] = (about, [json.loads(line) for line in samples])
+    return found
+
+
+def test_methods_are_measured_against_dense(run, words, tmp_path):
+    output = run(*words)
+    runs = _runs(tmp_path / "runs")
+    assert set(runs) == {"dense", A_SHAPE}
+    for method, (about, samples) in runs.items():
+        assert [row["task"].split("_/")[0] for row in samples] == ["sp_passkey"] * 2 + [
+            "perplexity"
+        ] * 2
+        assert all(1900 < row["tokens"] <= 2048 for row in samples)
+        passkey, text = samples[0], samples[2]
+        assert list(passkey["scores"]) == ["string_match", "rank", "answer_nll"]
+        assert list(text["scores"]) == ["nll", "kl"]
+        assert passkey["machine"]["torch"]
+        if method == "dense":
+            assert about["params"] == {}
+            assert text["scores"]["kl"] == 0
+        else:
+            assert about["params"]["window"] == 128
+            assert 0 < text["density"] < 1
+            assert text["scores"]["kl"] > 0
+            assert 0 < passkey["recall"] < 1
+    assert "passkey" in output
+    assert (tmp_path / "runs" / "table.md").read_text().count("| perplexity_") == 2
+    assert "answered already" in run(*words)
+
+
+def test_a_yaml_file_gives_the_options_and_flags_win(run, words, tmp_path):
+    options = {"method": [A_SHAPE], "lengths": ["2k"], "limit": 1, "tasks": ["sp_passkey"]}
+    options |= {"model": str(words[2]), "output": str(tmp_path / "yaml")}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(options))
+    run("eval", "--config", tmp_path / "eval.yaml", "--limit", 3)
+    runs = _runs(tmp_path / "yaml")
+    assert {len(samples) for _, samples in runs.values()} == {3}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump({**options, "metod": "x"}))
+    assert "metod" in run("eval", "--config", tmp_path / "eval.yaml", fails=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--method", "nosuch"], "nosuch"),
+        (["--method", "a_shape:windw=3"], "windw"),
+        (["--tasks", "nosuch"], "sparse-patch tasks"),
+        (["--tasks", ""], "--tasks"),
+        (["--lengths", ""], "--lengths"),
+        (["--lengths", "8k"], "takes 4096 tokens"),
+        (["--lengths", "64"], "64"),
+        (["--model-arg", "oops"], "--model-arg"),
+        (["--backend", "nosuch"], "nosuch"),
+        (["--tasks", "longbench2", "--data-dir", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_options_are_errors_before_anything_is_prefilled(
+    run, words, tmp_path, changes, message
+):
+    assert message in run(*words, *changes, fails=True)
+    assert not list(tmp_path.rglob("responses*"))
+
+
+def test_the_tasks_are_listed(run):
+    listed = run("tasks")
+    for name in ("ruler", "niah", "passkey", "kv_retrieval", "perplexity", "longbench", "babilong"):
+        assert f" {name} " in listed
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_the_committed_configurations_run(run, config, folder, model, tmp_path):
+    """All their methods and tasks, on a tiny random model: the code path of the real one."""
+    asked = yaml.safe_load(config.read_text())
+    small = ["niah", "perplexity"] if "niah" in asked["tasks"] else asked["tasks"]
+    run(
+        "eval", "--config", config, "--model", model, "--device", "cpu", "--dtype", "float32",
+        "--tasks", ",".join(small).replace("perplexity", f"perplexity_{folder / 'walks.txt'}"),
+        "--task-arg", f"haystack={folder / 'walks.txt'}", "--task-arg", "depths=2",
+        "--lengths", "2k", "--limit", 1, "--output", tmp_path / "runs",
+    )  # fmt: skip
+    runs = _runs(tmp_path / "runs")
+    assert set(runs) == {"dense", *asked["method"]}
+    for about, samples in runs.values():
+        assert about["chat_template"] == asked.get("chat_template", False)
+        assert len({row["task"] for row in samples}) >= 2
+
+
+def test_two_processes_give_the_results_of_one(words, tmp_path):
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "eval")),
+    }
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = {}
+    for name, before in (("one", []), ("two", launch)):
+        command = [
+            sys.executable, *before, "-m", "sparse_patch_eval.cli", *map(str, words),
+            "--limit", "3", "--output", str(tmp_path / name),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, env=environment, timeout=240, capture_output=True)
+        found[name] = _runs(tmp_path / name)
+    logs = list((tmp_path / "two").rglob("responses.1.jsonl"))
+    assert logs
+    assert all(path.read_text().splitlines() for path in logs)
+    for method, (_, samples) in found["one"].items():
+        others = {(row["task"], row["doc_id"]): row for row in found["two"][method][1]}
+        assert len(others) == len(samples) == len(found["two"][method][1]) == 6
+        for row in samples:
+            other = others[row["task"], row["doc_id"]]
+            assert other["prompt_hash"] == row["prompt_hash"]
+            assert other["scores"] == pytest.approx(row["scores"], abs=1e-5)
+            assert other["answer"] == row["answer"]
