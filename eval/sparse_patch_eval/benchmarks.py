@@ -105,7 +105,8 @@ def _offline(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
     tasks = OFFLINE[name].names
     for task in tasks:
         for length in wanted.lengths:
-            loaded = _manager(wanted, length, defaults=False).load([task])["tasks"]
+            asked = {"reserve": _template_tokens(lm) if wanted.chat_template else 0}
+            loaded = _manager(wanted, length, defaults=False, **asked).load([task])["tasks"]
             for one in loaded.values():
                 yield LmUnit(
                     name, one, length, lm=lm, chat_template=wanted.chat_template, limit=None
@@ -146,13 +147,19 @@ def _by_name(name: str, wanted: Wanted) -> dict[str, Any]:
     return loaded
 
 
-def _manager(wanted: Wanted, length: int | None, *, defaults: bool) -> Any:
+def _template_tokens(lm: Any) -> int:
+    """Tokens that a chat template puts around a prompt: the length is that of the whole."""
+    empty = lm.apply_chat_template([{"role": "user", "content": ""}])
+    return len(lm.encode_context(empty))
+
+
+def _manager(wanted: Wanted, length: int | None, *, defaults: bool, **asked: Any) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(
         include_path=None if defaults else str(TASKS_FOLDER),
         include_defaults=defaults,
-        metadata=_metadata(wanted, length),
+        metadata={**_metadata(wanted, length), **asked},
     )
 
 
