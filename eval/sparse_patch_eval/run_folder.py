@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ class RunFolder:
 
 
 def summary(samples: Iterable[Row]) -> list[Row]:
-    """Means by task and length; calls that ran exact have density 1."""
+    """Means by task and length, and exact calls by reason, which count as density 1."""
     groups: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in samples:
         groups.setdefault((row["benchmark"], row["task"], row["length"]), []).append(row)
@@ -155,6 +156,10 @@ def summary(samples: Iterable[Row]) -> list[Row]:
         about["density"] = _mean([overall_density(row) for row in rows])
         for name in ("recall", "prefill_seconds"):
             about[name] = _mean([row[name] for row in rows])
+        exact: Counter[str] = Counter()
+        for row in rows:
+            exact.update(row["exact"])
+        about["exact"] = dict(exact.most_common())
         found.append(about)
     return found
 

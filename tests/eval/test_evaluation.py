@@ -237,6 +237,7 @@ def test_means_leave_out_what_is_not_known():
     assert found["scores"] == {"a": 0.5, "b": 3.0}
     assert found["recall"] == 0.5
     assert found["density"] == (0.5 + 3) / 4
+    assert found["exact"] == {"short": 6}
 
 
 # Perplexity
