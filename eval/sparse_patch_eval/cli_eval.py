@@ -159,8 +159,8 @@ def evaluate(
             methods=tuple(method or ()),
             patch_options={
                 "min_length": min_length,
-                "dense_layers": dense_layers,
                 "backend": backend,
+                **({} if dense_layers is None else {"dense_layers": dense_layers}),
             },
             model_settings={"dtype": dtype, "device": device, "model_args": model_args},
             seed=seed,

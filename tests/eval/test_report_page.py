@@ -106,7 +106,7 @@ def test_the_command_quotes_what_a_shell_would_read(tmp_path):
     line = command(sections(find_runs([tmp_path]))[0])
     assert "--model 'a model; rm'" in line
     assert "--method 'pbs:tau=(0.9,0.8)'" in line
-    assert line.endswith("--chat-template")
+    assert line.endswith("--chat-template \\\n  --min-length 1024")
 
 
 def test_what_ran_exact_or_cannot_be_measured_is_said_at_the_top(text):
