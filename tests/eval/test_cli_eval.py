@@ -138,10 +138,12 @@ def test_the_tasks_are_listed(run):
 def test_the_committed_configurations_run(run, config, folder, model, tmp_path):
     """All their methods and tasks, on a tiny random model: the code path of the real one."""
     asked = yaml.safe_load(config.read_text())
-    small = ["niah", "perplexity"] if "niah" in asked["tasks"] else asked["tasks"]
+    tasks = [one for one in asked["tasks"] if one != "ruler"]  # its 13 tasks would take minutes
+    text = f"perplexity_{folder / 'walks.txt'}"
+    tasks = [text if one.startswith("perplexity") else one for one in tasks]
     run(
         "eval", "--config", config, "--model", model, "--device", "cpu", "--dtype", "float32",
-        "--tasks", ",".join(small).replace("perplexity", f"perplexity_{folder / 'walks.txt'}"),
+        "--tasks", ",".join(tasks),
         "--task-arg", f"haystack={folder / 'walks.txt'}", "--task-arg", "depths=2",
         "--lengths", "2k", "--limit", 1, "--output", tmp_path / "runs",
     )  # fmt: skip
