@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_patch_eval.hub import HUB, load_tasks, truncate_middle
+from sparse_patch_eval.hub import check as check_hub
 from sparse_patch_eval.lm_unit import LmUnit, keep_end
 from sparse_patch_eval.tasks import OFFLINE, TASKS_FOLDER
 from sparse_patch_eval.text_unit import TextUnit
@@ -72,10 +73,11 @@ def build_units(wanted: Wanted, lm: Any) -> list[Unit]:
 
 
 def check_names(wanted: Wanted) -> None:
-    """What can be known without a model: names, lengths given where they are needed.
+    """What can be known without a model: lengths where they are needed, packages.
 
     Raises:
-        ValueError: an unknown task, or a task with lengths without `--lengths`.
+        ValueError: a task with lengths without `--lengths`, or with one it does not exist in.
+        ImportError: a package that a task needs is missing; says what to install.
     """
     if not wanted.tasks:
         raise ValueError("--tasks: name at least one; `sparse-patch tasks` lists them")
@@ -83,6 +85,7 @@ def check_names(wanted: Wanted) -> None:
         known_lengths = name in OFFLINE or _is_perplexity(name)
         if (known_lengths or (name in HUB and HUB[name].lengths)) and not wanted.lengths:
             raise ValueError(f"--lengths: the task {name!r} needs at least one, as in 4096,8192")
+    check_hub([name for name in wanted.tasks if name in HUB], wanted.lengths)
 
 
 def _is_perplexity(name: str) -> bool:

@@ -116,6 +116,7 @@ def test_a_yaml_file_gives_the_options_and_flags_win(run, words, tmp_path):
         (["--lengths", ""], "--lengths"),
         (["--lengths", "8k"], "takes 4096 tokens"),
         (["--lengths", "64"], "64"),
+        (["--tasks", "babilong", "--lengths", "3k"], "babilong"),
         (["--model-arg", "oops"], "--model-arg"),
         (["--backend", "nosuch"], "nosuch"),
         (["--tasks", "longbench2", "--data-dir", "/nowhere"], "/nowhere"),
