@@ -60,7 +60,8 @@ class RunFolder:
         self.config = dict(config)
         # Spelling is not identity: gamma=.9 and gamma=0.90 are one run.
         identity = {key: value for key, value in config.items() if key != "method"}
-        settings = {key: identity[key] for key in identity if key not in ("name", "params")}
+        of_method = ("name", "params", "patch")
+        settings = {key: identity[key] for key in identity if key not in of_method}
         self.path = _named(_named(output, config["model"], settings), config["method"], identity)
         self.path.mkdir(parents=True, exist_ok=True)
         self._check()

@@ -166,6 +166,7 @@ def test_another_seed_dtype_or_patch_option_is_another_run(tmp_path):
 
     places = [place(), place(seed=1), place(dtype="bfloat16"), place(patch={"min_length": 0})]
     assert len(set(places)) == 4
+    assert places[3].parent == places[0].parent, "one model, so that dense lies beside them"
     assert place() == places[0]
 
 
