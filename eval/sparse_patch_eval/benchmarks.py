@@ -31,7 +31,7 @@ class Wanted:
         tasks: names, as `--tasks` takes them.
         lengths: of prompts, tokens, for tasks that have lengths.
         limit: samples a task and length; None for all that there are (500 of generated tasks, as in
-            RULER).
+            RULER; of a text, as many windows as it has).
         seed: chooses the samples of generated tasks.
         model: as `--model` takes it: its tokenizer sizes the prompts.
         task_args: more parameters for the generators.
@@ -97,7 +97,7 @@ def _units(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
         text = name[len(PERPLEXITY) + 1 :]
         for one in [text] if text else PERPLEXITY_TEXTS:
             for length in wanted.lengths:
-                yield TextUnit(one, length, lm=lm, limit=wanted.limit or 500, seed=wanted.seed)
+                yield TextUnit(one, length, lm=lm, limit=wanted.limit, seed=wanted.seed)
     elif name in OFFLINE:
         yield from _offline(name, wanted, lm)
     else:

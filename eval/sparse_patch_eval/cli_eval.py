@@ -143,17 +143,21 @@ def evaluate(
         from sparse_patch_eval.evaluation import evaluate as run
         from sparse_patch_eval.lm import SparsePatchLM
 
+        task_args = _pairs("--task-arg", task_arg)
         wanted = Wanted(
             tasks=tuple(filter(None, (one.strip() for one in tasks.split(",")))),
             lengths=tuple(parse_lengths(lengths)) if lengths else (),
             model=model,
             limit=limit or None,
             seed=seed,
-            task_args=_pairs("--task-arg", task_arg),
+            task_args=task_args,
             data_dir=data_dir,
             chat_template=chat_template,
         )
         model_args = _pairs("--model-arg", model_arg)
+        settings = {"dtype": dtype, "device": device, "model_args": model_args}
+        # Other prompts under the same names: another run.
+        settings |= {"task_args": task_args} if task_args else {}
         setup = Setup(
             model=model,
             methods=tuple(method or ()),
@@ -162,7 +166,7 @@ def evaluate(
                 "backend": backend,
                 **({} if dense_layers is None else {"dense_layers": dense_layers}),
             },
-            model_settings={"dtype": dtype, "device": device, "model_args": model_args},
+            model_settings=settings,
             seed=seed,
             chat_template=chat_template,
             recall_samples=recall_samples,

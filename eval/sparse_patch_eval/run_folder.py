@@ -12,6 +12,7 @@ left alone, and one with another setting gets a folder of its own.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -129,6 +130,7 @@ class RunFolder:
             if not rows:
                 continue
             scored = unit.score(rows)
+            _drop_stale(samples, rows.values())
             for doc_id, judged in scored.rows.items():
                 whole = {k: v for k, v in rows[doc_id].items() if k not in ("responses", "scores")}
                 samples[_place(whole)] = {**whole, **judged}
@@ -139,7 +141,7 @@ class RunFolder:
                 )
         ordered = list(samples.values())
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
-        (self.path / "samples.jsonl").write_text(text, encoding="utf-8")
+        _replace(self.path / "samples.jsonl", text)
         means = {"higher_is_better": better, "tasks": summary(ordered), "lm_eval": official}
         _write(results, means)
 
@@ -181,8 +183,25 @@ def _lines(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def _drop_stale(samples: dict[tuple[str, int | None, int], Row], current: Iterable[Row]) -> None:
+    """Where one prompt of a task changed, all its samples were made in another way: none stays."""
+    for row in current:
+        there = samples.get(_place(row))
+        if there is not None and there["prompt_hash"] != row["prompt_hash"]:
+            for place in [one for one in samples if one[:2] == _place(row)[:2]]:
+                del samples[place]
+            return
+
+
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a kill, or another process that reads, sees no half of it."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _named(parent: Path, name: str, content: Mapping[str, Any]) -> Path:

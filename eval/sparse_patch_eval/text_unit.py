@@ -33,7 +33,7 @@ class TextUnit:
         text: what `text.long_text` takes.
         length: tokens of a sample.
         lm: the model, a `SparsePatchLM`.
-        limit: samples.
+        limit: samples; None for as many as the text has room for.
         seed: chooses the windows.
 
     Raises:
@@ -43,13 +43,13 @@ class TextUnit:
 
     benchmark = "perplexity"
 
-    def __init__(self, text: str, length: int, *, lm: Any, limit: int, seed: int) -> None:
+    def __init__(self, text: str, length: int, *, lm: Any, limit: int | None, seed: int) -> None:
         self.task, self.length = f"perplexity_{text}", length
         if length < 2 * SCORED:
             raise ValueError(f"--lengths: perplexity needs at least {2 * SCORED} tokens")
         self._lm, self._seed, self._limit = lm, seed, limit
         self._parts = parts(long_text(text), length, seed)
-        if len(self._parts) < limit:
+        if not self._parts or len(self._parts) < (limit or 0):
             raise ValueError(
                 f"the text {text!r} has room for {len(self._parts)} samples of {length} tokens "
                 f"that share nothing: --limit {len(self._parts)} or less, or another text"

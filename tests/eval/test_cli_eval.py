@@ -95,6 +95,19 @@ def test_methods_are_measured_against_dense(run, words, tmp_path):
     assert "answered already" in run(*words)
 
 
+def test_other_arguments_of_a_task_are_another_run(run, words, tmp_path):
+    """Their prompts have the same names, and must not lie among each other."""
+    words = [*words, "--tasks", "sp_niah_grid", "--limit", 1]
+    haystack = [
+        "--task-arg",
+        f"haystack={words[words.index('--tasks') + 1].split('perplexity_')[1]}",
+    ]
+    run(*words, *haystack, "--task-arg", "depths=2")
+    run(*words, *haystack, "--task-arg", "depths=2", "--task-arg", "wording=question")
+    counts = [len(path.read_text().splitlines()) for path in tmp_path.rglob("samples.jsonl")]
+    assert counts == [2] * 4
+
+
 def test_a_yaml_file_gives_the_options_and_flags_win(run, words, tmp_path):
     options = {"method": [A_SHAPE], "lengths": ["2k"], "limit": 1, "tasks": ["sp_passkey"]}
     options |= {"model": str(words[2]), "output": str(tmp_path / "yaml")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -180,6 +181,29 @@ def test_answers_to_another_prompt_do_not_count(lab, tmp_path):
     )
 
 
+def test_samples_made_in_another_way_do_not_mix(lab, tmp_path):
+    _run(lab, tmp_path, Counted(3))
+    folders = _run(lab, tmp_path, Counted(2, salt="!"))
+    rows = _lines(folders[0] / "samples.jsonl")
+    assert [row["prompt_hash"] for row in rows] == ["hash 0!", "hash 1!"]
+
+
+def test_a_kill_while_scoring_leaves_the_last_whole_files(lab, tmp_path, monkeypatch):
+    folders = _run(lab, tmp_path, Counted(2))
+    before = (folders[0] / "samples.jsonl").read_text()
+
+    def killed(path, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _run(lab, tmp_path, Counted(3))
+    assert (folders[0] / "samples.jsonl").read_text() == before
+    _run(lab, tmp_path, Counted(3))
+    assert len(_lines(folders[0] / "samples.jsonl")) == 3
+
+
 def test_recall_is_measured_on_the_first_samples_only(lab, tmp_path):
     folders = _run(lab, tmp_path, Counted(3), recall_samples=2)
     log = {row["doc_id"]: row["recalled"] for row in _lines(folders[1] / "responses.0.jsonl")}
@@ -300,6 +324,11 @@ def test_windows_stay_the_same_when_more_are_asked_for_and_share_nothing(lab, fo
     hashes = [sample.prompt_hash for sample in more.samples()]
     assert [sample.prompt_hash for sample in text_unit.samples()] == hashes[:3]
     assert len(set(hashes)) == 5
+
+
+def test_without_a_limit_a_text_gives_all_its_windows(lab, folder):
+    unit = TextUnit(str(folder / "walks.txt"), 2 * SCORED, lm=lab, limit=None, seed=0)
+    assert len(unit.samples()) > 5
 
 
 def test_a_text_too_short_for_the_samples_says_how_many_it_has(lab, folder):

@@ -41,7 +41,7 @@ class Scripted(LM):
         return [(0.0 if is_right else -9.0, is_right) for is_right in right]
 
     def loglikelihood_rolling(self, requests):
-        raise NotImplementedError
+        raise NotImplementedError("no task of the hub rolls")
 
 
 @pytest.fixture(autouse=True)
