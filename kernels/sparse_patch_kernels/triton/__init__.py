@@ -1,0 +1,1 @@
+"""The Triton kernels. Importing this package needs no Triton; importing a module of it does."""

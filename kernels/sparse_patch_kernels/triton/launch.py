@@ -1,0 +1,100 @@
+"""The one door through which every kernel is launched.
+
+A launcher names a kernel, its arguments and the configurations worth trying; what becomes of that
+depends on where we are:
+
+* on a GPU, `triton.autotune` measures the configurations once per shape class and keeps the best;
+* under `TRITON_INTERPRET=1`, the first configuration runs in Triton's interpreter, on CPU tensors;
+* inside `recording()`, nothing runs and the call is noted. `scripts/compile_kernels.py` compiles
+  what it finds there, so what is checked ahead of time is what would be launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+# Read where the kernels are decorated: Triton decides there too, once per process.
+INTERPRETED: bool = knobs.runtime.interpret
+
+_recorders: list[list[Launch]] = []
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was asked for.
+
+    Attributes:
+        kernel: the function under `@triton.jit`.
+        grid: programs along each axis.
+        arguments: by name, constants included.
+        configs: what would be tried; the first is the default.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    configs: tuple[triton.Config, ...]
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launch nothing; collect the launches instead. Tensors may be on the meta device."""
+    launches: list[Launch] = []
+    _recorders.append(launches)
+    try:
+        yield launches
+    finally:
+        _recorders.remove(launches)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    configs: Sequence[triton.Config],
+    tune_on: Sequence[str],
+) -> None:
+    """Launch a kernel on the device of its tensors.
+
+    Args:
+        kernel: the function under `@triton.jit`.
+        grid: programs along each axis; must not depend on the configuration.
+        arguments: by name, constants included, those of the configurations left out.
+        configs: configurations to try, the default first. No other is ever used.
+        tune_on: arguments whose values make a shape class: a new class is measured anew. Lengths
+            do not belong here.
+    """
+    if _recorders:
+        _recorders[-1].append(Launch(kernel, grid, dict(arguments), tuple(configs)))
+        return
+    if INTERPRETED:
+        kernel[grid](**arguments, **_flat(configs[0]))
+        return
+    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    # Triton launches on the current device, whichever holds the tensors.
+    with torch.get_device_module(device).device(device):
+        if len(configs) == 1:
+            kernel[grid](**arguments, **_flat(configs[0]))
+        else:
+            _tuned(kernel, tuple(configs), tuple(tune_on))[grid](**arguments)
+
+
+def _flat(config: triton.Config) -> dict[str, Any]:
+    options = (
+        {} if INTERPRETED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    )
+    return {**config.kwargs, **options}
+
+
+@lru_cache(None)
+def _tuned(kernel: Any, configs: tuple[triton.Config, ...], tune_on: tuple[str, ...]) -> Any:
+    return triton.autotune(list(configs), list(tune_on), cache_results=True)(kernel)
