@@ -25,7 +25,24 @@ from triton import knobs
 # Read where the kernels are decorated: Triton decides there too, once per process.
 INTERPRETED: bool = knobs.runtime.interpret
 
-_recorders: list[list[Launch]] = []
+_recorders: list[tuple[list[Launch], Chip]] = []
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What configurations depend on.
+
+    Attributes:
+        backend: Triton's name for the maker's compiler, "cuda" or "hip".
+        shared_bytes: shared memory (LDS) that a program may have.
+    """
+
+    backend: str
+    shared_bytes: int
+
+
+# Stands in where there is no GPU: H100, CUDA C++ Programming Guide, compute capability 9.0.
+HOPPER = Chip("cuda", 227 * 1024)
 
 
 @dataclass(frozen=True)
@@ -46,14 +63,34 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Launch nothing; collect the launches instead. Tensors may be on the meta device."""
+def recording(chip: Chip = HOPPER) -> Iterator[list[Launch]]:
+    """Launch nothing; collect the launches as they would be on `chip`.
+
+    Tensors may be on the meta device.
+    """
     launches: list[Launch] = []
-    _recorders.append(launches)
+    _recorders.append((launches, chip))
     try:
         yield launches
     finally:
-        _recorders.remove(launches)
+        _recorders.pop()
+
+
+def chip_of(x: Tensor) -> Chip:
+    """The chip that a launch with this tensor runs on, or is recorded for."""
+    if _recorders:
+        return _recorders[-1][1]
+    return HOPPER if INTERPRETED else _chip(x.device)
+
+
+@lru_cache(None)
+def _chip(device: torch.device) -> Chip:
+    backend = triton.runtime.driver.active.get_current_target().backend
+    index = (
+        torch.get_device_module(device).current_device() if device.index is None else device.index
+    )
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Chip(backend, shared)
 
 
 def launch(
@@ -74,7 +111,7 @@ def launch(
             do not belong here.
     """
     if _recorders:
-        _recorders[-1].append(Launch(kernel, grid, dict(arguments), tuple(configs)))
+        _recorders[-1][0].append(Launch(kernel, grid, dict(arguments), tuple(configs)))
         return
     if INTERPRETED:
         kernel[grid](**arguments, **_flat(configs[0]))

@@ -1,0 +1,228 @@
+"""What a launch of the forward kernel needs beside q, k and v: lists, tables, tiles.
+
+Built from shapes and by asynchronous tensor operations only: nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..plan import BlockPlan
+from ..runs import RunList
+
+
+def split(dim: int) -> tuple[int, int]:
+    """Two powers of two, 16 or more, that a head dimension fits in; the second is 0 where one does.
+
+    Triton's tiles are powers of two: 80 as 64 + 16 wastes nothing, as 128 it would waste three
+    eighths of every product.
+    """
+    whole = max(16, 1 << (dim - 1).bit_length())
+    first = whole // 2
+    if first < 16 or first >= dim:
+        return whole, 0
+    rest = max(16, 1 << (dim - first - 1).bit_length())
+    return (first, rest) if first + rest < whole else (whole, 0)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the rows of a query block, of one head or of `pack` heads with one list, become tiles.
+
+    Attributes:
+        sub_rows: rows of a query block and head in one tile, padded to a power of two.
+        subs: tiles that a query block is cut into.
+        pack: heads in one tile.
+        rows: rows of the tile, `sub_rows * pack` padded to a power of two, 16 or more.
+    """
+
+    sub_rows: int
+    subs: int
+    pack: int
+    rows: int
+
+    @classmethod
+    def of(cls, block_q: int, shared: int, most: int) -> Tiling:
+        """Tiles of at most `most` rows, for heads of which each `shared` have lists in common."""
+        sub_rows = min(most, 1 << (block_q - 1).bit_length())
+        pack = max(n for n in range(1, shared + 1) if shared % n == 0 and n * sub_rows <= most)
+        rows = max(16, 1 << (sub_rows * pack - 1).bit_length())
+        return cls(sub_rows, -(-block_q // sub_rows), pack, rows)
+
+
+@dataclass(frozen=True)
+class KeyList:
+    """One run list of all sequences, and the keys it reads.
+
+    Attributes:
+        start: int32 `[lists, blocks, n]`, contiguous.
+        count: int32 `[counts, blocks]`, contiguous.
+        units: keys a run; a pooled group is one key.
+        pool: tokens a key.
+        ranked: runs are in no order.
+        k, v: `[kv heads, keys, dim]`: the call's own, or means.
+        order: int32 `[orders, keys]` or None: the token in each slot, or the last of each group.
+        base: the first key of each sequence in `k`, `v` and `order`.
+        before: widths of the earlier lists that may name the same keys; 0: cannot.
+    """
+
+    start: Tensor
+    count: Tensor
+    units: int
+    pool: int
+    ranked: bool
+    k: Tensor
+    v: Tensor
+    order: Tensor | None
+    base: tuple[int, ...]
+    before: tuple[int, ...]
+
+
+def key_lists(k: Tensor, v: Tensor, plans: Sequence[BlockPlan]) -> tuple[KeyList, ...]:
+    """The run lists of sequences packed one after the other.
+
+    Args:
+        k, v: `[kv_heads, total keys, dim]`.
+        plans: one a sequence, all of one form (see `check_form`).
+    """
+    kv_base = _starts([plan.kv_len for plan in plans])
+    several = sum(run.pool == 1 for run in plans[0].runs) > 1
+    order = None
+    if plans[0].key_order is not None:
+        order = _joined([plan.key_order for plan in plans if plan.key_order is not None])
+        order = order.to(torch.int32).contiguous()
+    lists: list[KeyList] = []
+    for i, run in enumerate(plans[0].runs):
+        start, count, ranked = _joined_runs([plan.runs[i] for plan in plans], several)
+        before: tuple[int, ...] = ()
+        if run.pool == 1 and any(one.pool == 1 for one in lists):
+            before = tuple(one.units if one.pool == 1 else 0 for one in lists)
+        source = (k, v, order, kv_base)
+        if run.pool > 1:
+            source = _pooled(k, v, plans, run.pool)
+        lists.append(
+            KeyList(start, count, run.width // run.pool, run.pool, ranked, *source, before)
+        )
+    return tuple(lists)
+
+
+def _joined_runs(runs: Sequence[RunList], ascending: bool) -> tuple[Tensor, Tensor, bool]:
+    """The lists of all sequences side by side: start, count, and whether they are ranked."""
+    heads = max(run.heads for run in runs)
+    ranked = any(run.ranked for run in runs)
+    if ranked and ascending:  # to be searched, a list has to be in order
+        expanded = [run.expand(heads) for run in runs]
+        starts, counts, ranked = [one[0] for one in expanded], [one[1] for one in expanded], False
+    else:
+        starts, counts = [run.start for run in runs], [run.count for run in runs]
+    longest = max(start.shape[2] for start in starts)
+    starts = [torch.nn.functional.pad(start, (0, longest - start.shape[2])) for start in starts]
+    return _joined(starts).contiguous(), _joined(counts).contiguous(), ranked
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts `[heads or fewer, n, ...]` side by side, each for as many heads as the most has."""
+    if len(parts) == 1:
+        return parts[0]
+    heads = math.lcm(*(part.shape[0] for part in parts))
+    return torch.cat([part.repeat_interleave(heads // part.shape[0], 0) for part in parts], 1)
+
+
+def _pooled(
+    k: Tensor, v: Tensor, plans: Sequence[BlockPlan], pool: int
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """Means of each `pool` keys and values, what `KeyList.order` says of them, and their bases."""
+    bases = _starts([plan.kv_len for plan in plans])
+    keys, values, ends = [], [], []
+    for plan, base in zip(plans, bases, strict=True):
+        own = slice(base, base + plan.kv_len)
+        order = plan.key_order
+        keys.append(_means(k[:, own], order, pool))
+        values.append(_means(v[:, own], order, pool))
+        if order is not None:
+            ends.append(plan.group_ends(pool).to(torch.int32))
+    joined = _joined(ends).contiguous() if ends else None
+    return _joined(keys), _joined(values), joined, _starts([one.shape[1] for one in keys])
+
+
+def _means(x: Tensor, order: Tensor | None, pool: int) -> Tensor:
+    """Means of neighbouring slots: `[kv heads x orders, n // pool, dim]`, at least one row."""
+    if order is not None:
+        pairs = math.lcm(x.shape[0], order.shape[0])
+        pair = torch.arange(pairs, device=x.device)
+        x = x[(pair * x.shape[0] // pairs)[:, None], order[pair * order.shape[0] // pairs].long()]
+    whole = x.shape[1] // pool * pool
+    if whole == 0:
+        return x.new_zeros(x.shape[0], 1, x.shape[2])
+    groups = x[:, :whole].reshape(x.shape[0], -1, pool, x.shape[2])
+    return groups.mean(2, dtype=torch.float32).to(x.dtype)
+
+
+def block_table(
+    plans: Sequence[BlockPlan], lists: Sequence[KeyList], device: torch.device
+) -> Tensor:
+    """int32 `[blocks, 5 + lists]`, a row per query block of each sequence.
+
+    First row in q, rows of the block, position of the first, first key in k, keys of the sequence;
+    then the first key of the sequence in each list's own keys.
+    """
+    q_base = _starts([plan.q_len for plan in plans])
+    kv_base = _starts([plan.kv_len for plan in plans])
+    parts = []
+    for i, plan in enumerate(plans):
+        first = torch.arange(plan.n_q_blocks, device=device, dtype=torch.int32) * plan.block_q
+        same = [kv_base[i], plan.kv_len, *(one.base[i] for one in lists)]
+        columns = [first + q_base[i], (plan.q_len - first).clamp(max=plan.block_q),
+                   first + plan.q_offset, *(torch.full_like(first, x) for x in same)]  # fmt: skip
+        parts.append(torch.stack(columns, 1))
+    return torch.cat(parts)
+
+
+def schedule(
+    plans: Sequence[BlockPlan], lists: Sequence[KeyList], table: Tensor, units: int, kv_heads: int
+) -> Tensor:
+    """int32 `[units * blocks]`: tasks, `unit * blocks + block`, in the order to start them.
+
+    KV head by KV head, since their keys stay in the cache, and of each the longest rows first, so
+    that the last to finish are short.
+    """
+    blocks = len(table)
+    seen = table[:, 2] + table[:, 1]
+    work = seen.clamp(max=plans[0].sink + plans[0].window).expand(units, blocks)
+    for one in lists:
+        heads = torch.arange(units, device=table.device) * one.count.shape[0] // units
+        work = work + one.count[heads] * one.units
+    order = work.reshape(kv_heads, -1).argsort(dim=1, descending=True)
+    first = torch.arange(kv_heads, device=table.device) * order.shape[1]
+    return (order + first[:, None]).flatten().to(torch.int32)
+
+
+def _starts(lengths: Sequence[int]) -> tuple[int, ...]:
+    starts = [0]
+    for length in lengths[:-1]:
+        starts.append(starts[-1] + length)
+    return tuple(starts)
+
+
+def check_form(plans: Sequence[BlockPlan]) -> None:
+    """Raise a ValueError where plans cannot share a launch."""
+    first = plans[0]
+    for i, plan in enumerate(plans[1:], 1):
+        for name, mine, want in (
+            ("block_q", plan.block_q, first.block_q),
+            ("sink", plan.sink, first.sink),
+            ("window", plan.window, first.window),
+            ("a key_order", plan.key_order is not None, first.key_order is not None),
+            ("run widths", [r.width for r in plan.runs], [r.width for r in first.runs]),
+            ("pools", [r.pool for r in plan.runs], [r.pool for r in first.runs]),
+        ):
+            if mine != want:
+                raise ValueError(
+                    f"sequences of one launch must have plans of one form: {name} is {want!r} in "
+                    f"plan 0 and {mine!r} in plan {i}"
+                )
