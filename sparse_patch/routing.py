@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,11 +89,18 @@ class LayerStats:
     exact: Counter[str] = field(default_factory=Counter)
 
 
+_handles = itertools.count()
+_by_handle: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
+
+
 @dataclass
 class LayerState:
     """What a patched attention module carries; method None keeps the layer dense.
 
     `steps` is where decoding stands in each batch row; any other call of the layer empties it.
+    `handle` names this object in compiled graphs, which hold tensors and numbers only. It is a
+    tensor because a number would be a constant, and every layer a graph of its own. A copy gets
+    another.
     """
 
     layer: int
@@ -98,6 +108,31 @@ class LayerState:
     options: Options
     stats: LayerStats = field(default_factory=LayerStats)
     steps: dict[int, DecodeStep] = field(default_factory=dict)
+    handle: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        handle = next(_handles)
+        self.handle = torch.tensor(handle, device="cpu")
+        _by_handle[handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    @staticmethod
+    def of_handle(handle: int) -> LayerState:
+        """The object of that handle.
+
+        Raises:
+            RuntimeError: it is gone: a graph outlived the patch it was compiled with.
+        """
+        state = _by_handle.get(handle)
+        if state is None:
+            raise RuntimeError(
+                "sparse_patch: this compiled graph belongs to a patch that is no more; compile the "
+                "model again, after patching"
+            )
+        return state
 
     @property
     def sparse_decode(self) -> bool:
@@ -108,7 +143,7 @@ class LayerState:
         self.options.warn_once(reason)
 
     def why_exact(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call
     ) -> str | None:
         """The reason why this call cannot be sparse, judged without looking at values.
 
@@ -119,7 +154,7 @@ class LayerState:
             "empty batch": q.shape[0] == 0,
             "decode": q.shape[2] == 1 and not self.sparse_decode,
             "layer kept dense": self.method is None,
-            "training": module.training,
+            "training": call.training,
             "gradients": needs_grad,
             "not causal": not call.causal,
             "sliding window": call.window is not None and call.window < k.shape[2],
@@ -192,6 +227,7 @@ class Call:
 
     scale: float
     causal: bool
+    training: bool
     window: int | None
     softcap: float | None
     sinks: Tensor | None
@@ -223,9 +259,14 @@ class Call:
         return cls(
             scale=head_dim**-0.5 if scaling is None else float(scaling),
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+            training=module.training,
             window=kw.get("sliding_window"),
             softcap=kw.get("softcap"),
             sinks=kw.get("sinks") if sinks is None else sinks,
             bias=kw.get("position_bias"),
             dropout=float(dropout),
         )
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The fields by name, as they are: `dataclasses.asdict` would copy the tensors."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
