@@ -171,7 +171,7 @@ def _one_row(
 ) -> Tensor:
     """`[heads, q_len, v_dim]` of one unpadded sequence."""
     if state is not None:
-        out = state.attend(q, k, v, call.scale, row)
+        out = state.attend(q, k, v, call, row)
         if isinstance(out, Tensor):
             return out
         state.count_exact(out)

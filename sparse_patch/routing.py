@@ -40,8 +40,6 @@ REASONS: dict[str, str | None] = {
         "an attention mask other than causal plus padding arrived (packed or chunked sequences, a "
         "static cache, a 4-D mask of your own, or torch.compile with use_cache=False)"
     ),
-    "softcap": "this model caps its logits, which the sparse op does not do",
-    "attention sinks": "this model has learned sink logits, which the sparse op does not do",
     "position bias": "this model adds a bias to its logits, which the sparse op does not do",
     "not causal": "this layer attends to the future",
     "dropout": "attention dropout is on",
@@ -159,8 +157,6 @@ class LayerState:
             "not causal": not call.causal,
             "sliding window": call.window is not None and call.window < k.shape[2],
             "mask": mask is not None and mask.ndim != 2,
-            "softcap": call.softcap is not None,
-            "attention sinks": call.sinks is not None,
             "position bias": call.bias is not None,
             "dropout": call.dropout > 0,
             "short": k.shape[2] < self.options.min_length,
@@ -168,8 +164,11 @@ class LayerState:
         }
         return next((reason for reason, holds in checks.items() if holds), None)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, row: int = 0) -> Tensor | str:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, row: int = 0) -> Tensor | str:
         """One unpadded causal sequence: the sparse output, or the reason to run exact.
+
+        Methods choose by the plain logits: a soft cap keeps their order, and sinks take the same
+        from every key of a row.
 
         Args:
             q: `[heads, q_len, dim]`; k, v: `[kv_heads, kv_len, dim]`.
@@ -197,27 +196,37 @@ class LayerState:
         assert self.method is not None
         if decodes:
             memory = None if before is None else before.memory
-            plan, memory = self.method.decode(q, k, scale=scale, memory=memory)
+            plan, memory = self.method.decode(q, k, scale=call.scale, memory=memory)
             self.steps[row] = DecodeStep.of(k, memory)
         else:
-            plan = self.method.plan(q, k, scale=scale, q_offset=k.shape[1] - q.shape[1])
+            plan = self.method.plan(q, k, scale=call.scale, q_offset=k.shape[1] - q.shape[1])
         if plan is None:
             return "method"
-        out = block_sparse_attention(q, k, v, plan, scale=scale, backend=backend)
+        out = block_sparse_attention(
+            q,
+            k,
+            v,
+            plan,
+            scale=call.scale,
+            backend=backend,
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
         if decodes:
             self.stats.decode += 1
             self.stats.decode_density += plan.density
         else:
-            self._count_prefill(q, k, plan, scale)
+            self._count_prefill(q, k, plan, call)
         return out
 
-    def _count_prefill(self, q: Tensor, k: Tensor, plan: BlockPlan, scale: float) -> None:
+    def _count_prefill(self, q: Tensor, k: Tensor, plan: BlockPlan, call: Call) -> None:
         self.stats.sparse += 1
         self.stats.density += plan.density
         measure = self.options.measure_recall
         if measure:
             rows = None if measure is True else int(measure)
-            self.stats.recall += float(recall(q, k, plan, scale=scale, rows=rows).mean())
+            kept = recall(q, k, plan, scale=call.scale, rows=rows, softcap=call.softcap)
+            self.stats.recall += float(kept.mean())
             self.stats.measured += 1
 
 
