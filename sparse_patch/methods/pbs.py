@@ -35,6 +35,7 @@ from .. import scoring
 from ..block_scorer import per_head
 from ..registry import Method, check_sequence, param, register
 from ..selection import mass_of, to_query_grid
+from .proxyattn import proxy_heads
 
 
 def _mean_pool(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
@@ -144,7 +145,7 @@ class PBS(Method):
         """int64 `[heads or kv_heads, kv_len]`: the key in each slot, from the last queries `q`."""
         kv_heads, kv_len, _ = k.shape
         if self.share == "group":
-            q = q.float().reshape(kv_heads, -1, *q.shape[1:]).mean(1)
+            q = proxy_heads(q, kv_heads)
         whole = kv_len // self.segment * self.segment
         score = scoring.key_scores(q, k[:, :whole], scale).view(len(q), -1, self.segment)
         order = score.argsort(dim=-1, descending=True, stable=True)
