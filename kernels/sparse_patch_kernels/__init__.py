@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import os
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from .dispatch import GPUS, has_kernel, triton_installed
+from .ops import attention_op, run
 from .plan import BlockPlan
 from .runs import RunList
 
@@ -20,6 +21,7 @@ __all__ = [
     "RunList",
     "block_sparse_attention",
     "choose_backend",
+    "has_kernel",
 ]
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
@@ -42,15 +44,23 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "triton":
-        raise BackendUnavailable(_what_triton_needs(device))
-    if backend == "auto":
-        if device.type != "cpu":
+        missing = _what_triton_lacks(device)
+        if missing:
             raise BackendUnavailable(
-                f"backend='auto' has no fast block-sparse kernel for {device.type!r} tensors yet: "
-                "the Triton kernels are not part of this release. Move the model to the CPU, or "
+                f"backend='triton' needs {' and '.join(missing)}. Use backend='auto', 'cpu' or "
+                "'reference'."
+            )
+    if backend == "auto":
+        if device.type == "cpu":
+            return "cpu"
+        missing = _what_triton_lacks(device)
+        if missing:
+            raise BackendUnavailable(
+                f"backend='auto' found no block-sparse kernel for {device.type!r} tensors: the "
+                f"Triton kernels need {' and '.join(missing)}. Or move the model to the CPU, or "
                 "name backend='reference' (correct on any device, slow)."
             )
-        return "cpu"
+        return "triton"
     if backend == "cpu" and device.type != "cpu":
         raise BackendUnavailable(
             f"backend='cpu' runs on CPU tensors and got {device.type!r}: move them with .cpu(), "
@@ -59,13 +69,15 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     return backend
 
 
-def _what_triton_needs(device: torch.device) -> str:
-    missing = ["the Triton kernels, which this release of sparse-patch does not ship yet"]
-    if importlib.util.find_spec("triton") is None:
+def _what_triton_lacks(device: torch.device) -> list[str]:
+    missing = []
+    if not triton_installed():
         missing.append("the triton package (pip install 'sparse-patch[triton]', Linux)")
-    if device.type not in ("cuda", "xpu"):
+    # Triton's interpreter takes tensors on the CPU: slow, for tests.
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type not in GPUS and not interpreted:
         missing.append(f"tensors on a GPU (these are on {device.type!r})")
-    return f"backend='triton' needs {'; '.join(missing)}. Use backend='auto', 'cpu' or 'reference'."
+    return missing
 
 
 @overload
@@ -78,6 +90,8 @@ def block_sparse_attention(
     scale: float | None = None,
     backend: str | None = None,
     return_lse: Literal[False] = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -91,6 +105,8 @@ def block_sparse_attention(
     scale: float | None = None,
     backend: str | None = None,
     return_lse: Literal[True],
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -103,6 +119,8 @@ def block_sparse_attention(
     scale: float | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention over the keys that `plan` keeps; the others weigh nothing.
 
@@ -114,7 +132,10 @@ def block_sparse_attention(
         plan: what to keep.
         scale: factor on the logits; default `1 / sqrt(dim)`.
         backend: one of `BACKENDS`; default "auto".
-        return_lse: also return the log-sum-exp of the scaled logits.
+        return_lse: also return the log-sum-exp of the logits that took part, sinks included.
+        softcap: logits become `softcap * tanh(scale * q . k / softcap)`; above 0.
+        sinks: `[heads]`, for each head a logit more that takes part in the softmax and carries no
+            value.
 
     Returns:
         `[heads, q_len, v_dim]` in q's dtype; with `return_lse` also `[heads, q_len]`, float32.
@@ -124,17 +145,21 @@ def block_sparse_attention(
         ValueError: shapes, dtypes or devices do not fit together, or do not fit the plan.
         BackendUnavailable: see `choose_backend`.
     """
-    _check_inputs(q, k, v, plan)
+    _check_inputs(q, k, v, plan, softcap, sinks)
     plan = plan.fit(q.shape[1], k.shape[1])
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else scale
-    name = choose_backend(backend, q.device)
-    run = {"cpu": cpu, "reference": reference}[name].block_sparse_attention
-    with torch.no_grad():
-        out, lse = run(q, k, v, plan, scale)
+    backend = choose_backend(backend, q.device)
+    if torch.compiler.is_compiling():
+        out, lse = attention_op(q, k, v, plan, scale, backend, softcap, sinks)
+    else:
+        with torch.no_grad():
+            out, lse = run(backend, q, k, v, plan, scale, softcap, sinks)
     return (out, lse) if return_lse else out
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
+def _check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softcap: float | None, sinks: Tensor | None
+) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 3:
         raise ValueError(
@@ -159,6 +184,13 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
     if q.shape[0] % plan.heads:
         raise ValueError(
             f"the plan lists {plan.heads} heads, which do not divide the {q.shape[0]} heads of q"
+        )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} must be above 0, or None for no cap")
+    if sinks is not None and (sinks.shape != q.shape[:1] or sinks.device != q.device):
+        raise ValueError(
+            f"sinks must hold one logit a query head, [{q.shape[0]}] on {q.device}; got "
+            f"{tuple(sinks.shape)} on {sinks.device}"
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError(

@@ -28,7 +28,13 @@ from .plan import BlockPlan
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.block_sparse_attention`.
 
@@ -39,12 +45,20 @@ def block_sparse_attention(
     tokens = plan
     if pooled:
         tokens = dataclasses.replace(plan, runs=tuple(r for r in plan.runs if r.pool == 1))
-    attend = _aligned if _is_aligned(tokens) else attend_any
+    # The fused kernel caps no logits.
+    aligned = softcap is None and _is_aligned(tokens)
     # The fused kernel reads rows of neighbouring elements and does not check.
     q, k, v = (x.to(acc) if x.stride(-1) == 1 else x.to(acc).contiguous() for x in (q, k, v))
-    out, lse = attend(q, k, v, tokens, scale)
+    if aligned:
+        out, lse = _aligned(q, k, v, tokens, scale)
+    else:
+        out, lse = attend_any(q, k, v, tokens, scale, softcap)
     for run in pooled:
-        lse = join(out, lse, *attend_pooled(q, k, v, plan, run, scale))
+        lse = join(out, lse, *attend_pooled(q, k, v, plan, run, scale, softcap))
+    if sinks is not None:
+        with_sinks = torch.logaddexp(lse, sinks.to(acc)[:, None])
+        out.mul_((lse - with_sinks).exp_()[..., None])
+        lse = with_sinks
     return out.to(dtype), lse
 
 

@@ -19,7 +19,12 @@ _MAX_TILE = 1 << 22
 
 
 def attend_any(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.block_sparse_attention`, for float32 and float64 input."""
     heads, q_len, _ = q.shape
@@ -39,7 +44,7 @@ def attend_any(
                 for tile in _tiles(unit_heads, (rows.stop - rows.start) * len(keys)):
                     queries = q[tile, rows] * scale
                     out[tile, rows], lse[tile, rows] = attend_seen(
-                        queries, keys, values, picked.hide
+                        queries, keys, values, picked.hide, softcap
                     )
     return out, lse
 
@@ -52,13 +57,18 @@ def _tiles(heads: range, scores_per_head: int) -> Iterator[slice]:
 
 
 def attend_seen(
-    queries: Tensor, keys: Tensor, values: Tensor, hide: Callable[[Tensor], object]
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    hide: Callable[[Tensor], object],
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over gathered keys, with explicit products.
 
     Args:
         queries: `[heads, rows, dim]`, scaled.
         keys, values: `[n, dim]` and `[n, v_dim]`.
+        softcap: see `reference.block_sparse_attention`.
         hide: writes -inf into scores `[heads, rows, n]` where the row must not see the key.
 
     Returns:
@@ -69,6 +79,8 @@ def attend_seen(
         lse = queries.new_full((heads, rows), float("-inf"))
         return queries.new_zeros(heads, rows, values.shape[1]), lse
     scores = (queries.reshape(-1, dim) @ keys.T).view(heads, rows, -1)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
     hide(scores)
     # The lowest finite number instead of -inf keeps -inf minus the maximum at -inf, not NaN.
     top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)

@@ -30,7 +30,13 @@ _TILE = 1 << 18
 
 
 def attend_pooled(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, run: RunList, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    run: RunList,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the groups of one pooled list of `plan`, and nothing else.
 
@@ -41,8 +47,10 @@ def attend_pooled(
     Returns:
         `[heads, q_len, v_dim]` and log-sum-exp `[heads, q_len]`; 0 and -inf where nothing is seen.
     """
-    way = _gathered if _is_sparse_past(plan, run) else _masked
-    out, lse = way(q, k, v, plan, run, scale)
+    if softcap is None and _is_sparse_past(plan, run):
+        out, lse = _gathered(q, k, v, plan, run, scale)
+    else:
+        out, lse = _masked(q, k, v, plan, run, scale, softcap)
     return out, lse.add_(math.log(run.pool))
 
 
@@ -79,7 +87,13 @@ def _gathered(
 
 
 def _masked(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, run: RunList, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    run: RunList,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     heads, kv_heads = q.shape[0], k.shape[0]
     out = q.new_zeros(q.shape[1], heads, v.shape[2]).transpose(0, 1)
@@ -100,7 +114,7 @@ def _masked(
             for rows, hidden in _row_tiles(plan, run, start[mine], valid[mine], ends[order]):
                 for head in range(unit * heads // units, (unit + 1) * heads // units):
                     out[head, rows], lse[head, rows] = _attend_shown(
-                        q[head : head + 1, rows] * scale, keys, values, hidden
+                        q[head : head + 1, rows] * scale, keys, values, hidden, softcap
                     )
     return out, lse
 
@@ -133,13 +147,13 @@ def _row_tiles(
 
 
 def _attend_shown(
-    queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor
+    queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     def hide(scores: Tensor) -> None:
         scores.masked_fill_(hidden, float("-inf"))
 
     n = hidden.shape[1]
-    return attend_seen(queries, keys[:n], values[:n], hide)
+    return attend_seen(queries, keys[:n], values[:n], hide, softcap)
 
 
 def _means(x: Tensor, pool: int) -> Tensor:

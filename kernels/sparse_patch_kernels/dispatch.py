@@ -16,6 +16,9 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Device types that Triton has kernels for; AMD cards call themselves "cuda" too.
+GPUS = ("cuda", "xpu")
+
 
 @functools.lru_cache(None)
 def triton_installed() -> bool:
@@ -24,7 +27,7 @@ def triton_installed() -> bool:
 
 def uses_triton(x: Tensor) -> bool:
     """Do estimators of this tensor run as Triton kernels?"""
-    return x.device.type in ("cuda", "xpu") and x.dtype != torch.float64 and triton_installed()
+    return x.device.type in GPUS and x.dtype != torch.float64 and triton_installed()
 
 
 def has_kernel(module: str) -> Callable[[F], F]:

@@ -11,13 +11,22 @@ from .plan import BlockPlan
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T, over the keys and pooled keys the plan shows) v.
 
     Args:
         q: `[heads, q_len, dim]`.
         k, v: `[kv_heads, kv_len, dim]` and `[kv_heads, kv_len, v_dim]`.
+        softcap: logits become `softcap * tanh(logits / softcap)`; a pooled key's log(pool) is added
+            after that.
+        sinks: `[heads]`, a logit more for each head, without a value.
 
     Returns:
         Output `[heads, q_len, v_dim]` in q's dtype and log-sum-exp `[heads, q_len]` in float32
@@ -34,15 +43,19 @@ def block_sparse_attention(
             rows = slice(first - plan.q_offset, end - plan.q_offset)
             queries = q[head, rows].to(acc) * scale
             seen = plan.block_mask(head // per_list, block)
-            logits, shown = [(queries @ keys.T).masked_fill(~seen, float("-inf"))], [values]
+            logits = [_cap(queries @ keys.T, softcap).masked_fill(~seen, float("-inf"))]
+            shown = [values]
             for run in plan.runs:
                 if run.pool > 1:
                     groups = plan.pooled_keys(run, head // per_list, block)
                     position = torch.arange(first, end, device=q.device)[:, None]
                     late = groups.amax(1) > position
-                    pooled = queries @ keys[groups].mean(1).T + math.log(run.pool)
+                    pooled = _cap(queries @ keys[groups].mean(1).T, softcap) + math.log(run.pool)
                     logits.append(pooled.masked_fill(late, float("-inf")))
                     shown.append(values[groups].mean(1))
+            if sinks is not None:
+                logits.append(sinks[head].to(acc).expand(len(queries), 1))
+                shown.append(values.new_zeros(1, values.shape[1]))
             scores = torch.cat(logits, 1)
             # A fully masked row is a softmax of -inf only: defined here as no output, not NaN.
             blind = scores.isneginf().all(-1, keepdim=True)
@@ -50,3 +63,7 @@ def block_sparse_attention(
             out[head, rows] = (probs @ torch.cat(shown)).to(q.dtype)
             lse[head, rows] = scores.logsumexp(-1)
     return out, lse
+
+
+def _cap(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

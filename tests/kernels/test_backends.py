@@ -151,6 +151,63 @@ def test_keeping_everything_is_plain_causal_attention(shape, backend):
     torch.testing.assert_close(out, want, atol=3e-6, rtol=0)
 
 
+def more_logits(heads):
+    """Every use of a soft cap and of sinks; scores here are of magnitude 1."""
+    sinks = torch.linspace(-2, 3, heads)
+    return [{"softcap": 0.7}, {"sinks": sinks}, {"softcap": 2.0, "sinks": sinks}]
+
+
+def test_softcap_and_sinks_are_those_of_the_formula():
+    shape = SHAPES[1]
+    q, k, v = inputs(shape)
+    heads, kv_heads, q_len, kv_len, dim, *_ = shape
+    plan = variants(shape)["order+sink+window"]
+    group = heads // kv_heads
+    raw = q @ k.repeat_interleave(group, 0).mT / dim**0.5
+    seen = plan.to_dense_mask().repeat_interleave(heads // plan.heads, 0)
+    for more in more_logits(heads):
+        scores = raw
+        if "softcap" in more:
+            scores = torch.tanh(raw / more["softcap"]) * more["softcap"]
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if "sinks" in more:
+            scores = torch.cat([scores, more["sinks"][:, None, None].expand(-1, q_len, 1)], 2)
+        out, lse = block_sparse_attention(
+            q, k, v, plan, backend="reference", return_lse=True, **more
+        )
+        torch.testing.assert_close(lse, scores.logsumexp(-1), atol=3e-6, rtol=0)
+        probs = scores.softmax(-1)[..., :kv_len]
+        want = probs @ v.repeat_interleave(group, 0)
+        torch.testing.assert_close(out, want, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
+def test_cpu_equals_reference_with_softcap_and_sinks(shape):
+    q, k, v = inputs(shape)
+    for plan in variants(shape).values():
+        for more in more_logits(shape[0]):
+            want = block_sparse_attention(
+                q, k, v, plan, backend="reference", return_lse=True, **more
+            )
+            got = block_sparse_attention(q, k, v, plan, backend="cpu", return_lse=True, **more)
+            assert_same(got, want, 3e-6)
+
+
+def test_a_compiled_graph_holds_the_op_whole():
+    q, k, v = inputs(SHAPES[0])
+    plans = variants(SHAPES[0])
+    for name in ("diagonal kept", "order+sink+window", "rectified"):
+        sinks = torch.arange(4.0)
+
+        @torch.compile(fullgraph=True, backend="aot_eager")
+        def attend(q, k, v, plan=plans[name], sinks=sinks):
+            return block_sparse_attention(q * 2, k, v, plan, sinks=sinks, return_lse=True)
+
+        want = block_sparse_attention(q * 2, k, v, plans[name], sinks=sinks, return_lse=True)
+        with torch.no_grad():
+            assert_same(attend(q, k, v), want, 1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.6e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_low_precision_accumulates_in_float32(dtype, tolerance, backend):
@@ -279,17 +336,35 @@ def test_bad_inputs_are_named(change, message):
         block_sparse_attention(*change(*inputs(shape)), plan)
 
 
-def test_a_named_backend_works_or_raises():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"softcap": 0.0}, "softcap=0.0 must be above 0"),
+        ({"sinks": torch.zeros(3)}, "one logit a query head"),
+    ],
+)
+def test_bad_extra_logits_are_named(more, message):
+    plan = variants(SHAPES[0])["blocks"]
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(*inputs(SHAPES[0]), plan, **more)
+
+
+def test_a_named_backend_works_or_raises(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
     assert choose_backend("auto", cpu) == choose_backend(None, cpu) == "cpu"
     assert choose_backend("reference", cuda) == "reference"
-    with pytest.raises(BackendUnavailable, match="Triton kernels, which this release"):
-        choose_backend("triton", cuda)
-    with pytest.raises(BackendUnavailable, match="tensors on a GPU"):
-        choose_backend("triton", cpu)
     with pytest.raises(BackendUnavailable, match="CPU tensors"):
         choose_backend("cpu", cuda)
+    monkeypatch.setattr("sparse_patch_kernels.triton_installed", lambda: True)
+    assert choose_backend("auto", cuda) == choose_backend("triton", cuda) == "triton"
+    with pytest.raises(BackendUnavailable, match="backend='triton' needs tensors on a GPU"):
+        choose_backend("triton", cpu)
     with pytest.raises(BackendUnavailable, match="backend='reference'"):
-        choose_backend("auto", cuda)
+        choose_backend("auto", mps)
+    monkeypatch.setattr("sparse_patch_kernels.triton_installed", lambda: False)
+    for name in ("auto", "triton"):
+        with pytest.raises(BackendUnavailable, match=r"pip install 'sparse-patch\[triton\]'"):
+            choose_backend(name, cuda)
     with pytest.raises(ValueError, match="choose one of"):
         choose_backend("cuda", cpu)

@@ -26,6 +26,8 @@ from .launch import Chip, chip_of, launch
 from .layout import KeyList, Tiling, block_table, check_form, key_lists, schedule, split
 
 LOG2E = math.log2(math.e)
+# Offsets from here on take 64 bits; 32 take half the registers.
+FAR = 2**31
 
 
 @triton.jit
@@ -428,8 +430,7 @@ def attend_packed(
     (d0, d1), (v0, v1) = split(dim), split(v_dim)
     columns = d0 + d1 + v0 + v1
     shared = math.gcd(heads // kv_heads, *(heads // one.heads for one in plans))
-    # Wider heads leave fewer registers: 64 rows of 256 are as many accumulators as 128 of 128.
-    tiling = Tiling.of(plan.block_q, shared, 128 if v0 + v1 <= 128 and q.itemsize == 2 else 64)
+    tiling = Tiling.of(plan.block_q, shared, most_rows(columns, q.itemsize))
     units = heads // tiling.pack
     tasks = schedule(plans, lists, table, units, kv_heads)
     out = q.new_empty(n_rows, heads, v_dim).transpose(0, 1)
@@ -473,8 +474,7 @@ def attend_packed(
             "WINDOW": plan.window > 0,
             "SOFTCAP": softcap is not None,
             "SINKS": sinks is not None,
-            # 32-bit offsets need half the registers.
-            "INDEX": tl.int64 if farthest >= 2**31 else tl.int32,
+            "INDEX": tl.int64 if farthest >= FAR else tl.int32,
             "D": dim,
             "D0": d0,
             "D1": d1,
@@ -517,6 +517,15 @@ def _list_arguments(lists: Sequence[KeyList], table: Tensor) -> dict[str, Any]:
     }
 
 
+def most_rows(columns: int, itemsize: int) -> int:
+    """Rows of a tile: 128 in 16 bits at a head_dim of 128, fewer of wider heads.
+
+    That fills the registers with accumulators, and the queries take 32 KiB.
+    """
+    rows = min(128, 65536 // (columns * itemsize))
+    return max(16, 1 << rows.bit_length() - 1)
+
+
 def configs(rows: int, columns: int, itemsize: int, chip: Chip) -> tuple[triton.Config, ...]:
     """Configurations worth trying, the default first, that fit the chip's shared memory.
 
@@ -526,7 +535,7 @@ def configs(rows: int, columns: int, itemsize: int, chip: Chip) -> tuple[triton.
         itemsize: bytes a number.
     """
     warps = 8 if rows >= 128 or columns > 256 else 4
-    tries = [(64, warps, 3), (64, warps, 2), (32, warps, 3), (32, warps, 2), (16, warps, 2)]
+    tries = [(64, warps, 3), (64, warps, 2), (32, warps, 3), (32, warps, 2), (16, warps, 1)]
     fits = [
         (n, w, stages)
         for n, w, stages in tries
