@@ -16,9 +16,9 @@ from .routing import Call, LayerState
 
 # The attribute of a patched attention module that holds its LayerState.
 STATE = "_sparse_patch"
+_NO_LAYER = torch.tensor(-1, device="cpu")
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values and keeps counts: a compiled model breaks its graph here
 def attention_function(
     module: nn.Module,
     query: Tensor,
@@ -43,24 +43,70 @@ def attention_function(
         ValueError: the mask is of a form that could be misread.
         RuntimeError: see `Call.read`.
     """
-    _check_mask(attention_mask, query, key)
     call = Call.read(module, query.shape[-1], scaling, dropout, kwargs)
     state: LayerState | None = getattr(module, STATE, None)
+    if not torch.compiler.is_compiling():
+        return _attend(query, key, value, attention_mask, call, state), None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return _outside_the_graph(query, key, value, attention_mask, call, state), None
+    layer = _NO_LAYER if state is None else state.handle
+    return _attend_op(query, key, value, attention_mask, layer, **call.as_arguments()), None
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call, state: LayerState | None
+) -> Tensor:
+    _check_mask(mask, q, k)
     if state is not None:
-        if query.shape[2] != 1:
+        if q.shape[2] != 1:
             state.steps.clear()
-        reason = state.why_exact(module, query, key, value, attention_mask, call)
+        reason = state.why_exact(q, k, v, mask, call)
         if reason is None:
-            return _row_by_row(query, key, value, attention_mask, call, state), None
-        state.count_exact(reason, max(1, query.shape[0]))
-    if attention_mask is not None and attention_mask.ndim == 2:
-        if query.shape[2] == 1 and call.window is None:  # hides the same keys, all rows at once
-            mask = attention_mask.as_subclass(Tensor)[:, None, None]
-            out = _exact(call)(query, key, value, mask)
-            return out.transpose(1, 2).contiguous(), None
-        return _row_by_row(query, key, value, attention_mask, call, None), None
-    out = _exact(call)(query, key, value, attention_mask)
-    return out.transpose(1, 2).contiguous(), None
+            return _row_by_row(q, k, v, mask, call, state)
+        state.count_exact(reason, max(1, q.shape[0]))
+    if mask is not None and mask.ndim == 2:
+        if q.shape[2] == 1 and call.window is None:  # hides the same keys, all rows at once
+            mask = mask.as_subclass(Tensor)[:, None, None]
+            return _exact(call)(q, k, v, mask).transpose(1, 2).contiguous()
+        return _row_by_row(q, k, v, mask, call, None)
+    return _exact(call)(q, k, v, mask).transpose(1, 2).contiguous()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the op below has no gradients
+def _outside_the_graph(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call, state: LayerState | None
+) -> Tensor:
+    return _attend(q, k, v, mask, call, state)
+
+
+# What a compiled graph sees of attention: it looks at values, keeps counts and has sizes of its
+# own, none of which a graph, still less a CUDA graph, could hold.
+@torch.library.custom_op(
+    "sparse_patch::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _attend_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor,
+    scale: float,
+    causal: bool,
+    training: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    call = Call(scale, causal, training, window, softcap, sinks, bias, dropout)
+    state = None if int(layer) < 0 else LayerState.of_handle(int(layer))
+    return _attend(q, k, v, mask, call, state)
+
+
+@_attend_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_rest: object, **_more: object) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
 def _check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
@@ -125,7 +171,7 @@ def _one_row(
 ) -> Tensor:
     """`[heads, q_len, v_dim]` of one unpadded sequence."""
     if state is not None:
-        out = state.attend(q, k, v, call.scale, row)
+        out = state.attend(q, k, v, call, row)
         if isinstance(out, Tensor):
             return out
         state.count_exact(out)

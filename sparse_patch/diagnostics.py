@@ -14,6 +14,7 @@ def recall(
     *,
     scale: float | None = None,
     rows: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention mass kept: sum of the dense probabilities of the keys that the plan shows.
 
@@ -27,6 +28,8 @@ def recall(
         plan: the plan to judge.
         scale: factor on the logits; default `1 / sqrt(dim)`.
         rows: judge only about so many rows, in whole query blocks spread evenly; default: all.
+        softcap: logits become `softcap * tanh(logits / softcap)`. (Sink logits change nothing: the
+            mass meant is that of the keys.)
 
     Returns:
         float32 `[heads]`, the mean over rows.
@@ -51,6 +54,8 @@ def recall(
                     row = torch.arange(first, end, device=q.device)[:, None]
                     causal = torch.arange(end, device=q.device) <= row
                 scores = queries[head] @ k[head // group, :end].float().T
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
                 every = scores.masked_fill(~causal, float("-inf")).logsumexp(-1)
                 kept = scores.masked_fill(~visible, float("-inf")).logsumexp(-1)
                 total[head] += (kept - every).exp().sum()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +40,6 @@ REASONS: dict[str, str | None] = {
         "an attention mask other than causal plus padding arrived (packed or chunked sequences, a "
         "static cache, a 4-D mask of your own, or torch.compile with use_cache=False)"
     ),
-    "softcap": "this model caps its logits, which the sparse op does not do",
-    "attention sinks": "this model has learned sink logits, which the sparse op does not do",
     "position bias": "this model adds a bias to its logits, which the sparse op does not do",
     "not causal": "this layer attends to the future",
     "dropout": "attention dropout is on",
@@ -86,11 +87,18 @@ class LayerStats:
     exact: Counter[str] = field(default_factory=Counter)
 
 
+_handles = itertools.count()
+_by_handle: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
+
+
 @dataclass
 class LayerState:
     """What a patched attention module carries; method None keeps the layer dense.
 
     `steps` is where decoding stands in each batch row; any other call of the layer empties it.
+    `handle` names this object in compiled graphs, which hold tensors and numbers only. It is a
+    tensor because a number would be a constant, and every layer a graph of its own. A copy gets
+    another.
     """
 
     layer: int
@@ -98,6 +106,31 @@ class LayerState:
     options: Options
     stats: LayerStats = field(default_factory=LayerStats)
     steps: dict[int, DecodeStep] = field(default_factory=dict)
+    handle: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        handle = next(_handles)
+        self.handle = torch.tensor(handle, device="cpu")
+        _by_handle[handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    @staticmethod
+    def of_handle(handle: int) -> LayerState:
+        """The object of that handle.
+
+        Raises:
+            RuntimeError: it is gone: a graph outlived the patch it was compiled with.
+        """
+        state = _by_handle.get(handle)
+        if state is None:
+            raise RuntimeError(
+                "sparse_patch: this compiled graph belongs to a patch that is no more; compile the "
+                "model again, after patching"
+            )
+        return state
 
     @property
     def sparse_decode(self) -> bool:
@@ -108,7 +141,7 @@ class LayerState:
         self.options.warn_once(reason)
 
     def why_exact(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call
     ) -> str | None:
         """The reason why this call cannot be sparse, judged without looking at values.
 
@@ -119,13 +152,11 @@ class LayerState:
             "empty batch": q.shape[0] == 0,
             "decode": q.shape[2] == 1 and not self.sparse_decode,
             "layer kept dense": self.method is None,
-            "training": module.training,
+            "training": call.training,
             "gradients": needs_grad,
             "not causal": not call.causal,
             "sliding window": call.window is not None and call.window < k.shape[2],
             "mask": mask is not None and mask.ndim != 2,
-            "softcap": call.softcap is not None,
-            "attention sinks": call.sinks is not None,
             "position bias": call.bias is not None,
             "dropout": call.dropout > 0,
             "short": k.shape[2] < self.options.min_length,
@@ -133,8 +164,11 @@ class LayerState:
         }
         return next((reason for reason, holds in checks.items() if holds), None)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, row: int = 0) -> Tensor | str:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, row: int = 0) -> Tensor | str:
         """One unpadded causal sequence: the sparse output, or the reason to run exact.
+
+        Methods choose by the plain logits: a soft cap keeps their order, and sinks take the same
+        from every key of a row.
 
         Args:
             q: `[heads, q_len, dim]`; k, v: `[kv_heads, kv_len, dim]`.
@@ -162,27 +196,37 @@ class LayerState:
         assert self.method is not None
         if decodes:
             memory = None if before is None else before.memory
-            plan, memory = self.method.decode(q, k, scale=scale, memory=memory)
+            plan, memory = self.method.decode(q, k, scale=call.scale, memory=memory)
             self.steps[row] = DecodeStep.of(k, memory)
         else:
-            plan = self.method.plan(q, k, scale=scale, q_offset=k.shape[1] - q.shape[1])
+            plan = self.method.plan(q, k, scale=call.scale, q_offset=k.shape[1] - q.shape[1])
         if plan is None:
             return "method"
-        out = block_sparse_attention(q, k, v, plan, scale=scale, backend=backend)
+        out = block_sparse_attention(
+            q,
+            k,
+            v,
+            plan,
+            scale=call.scale,
+            backend=backend,
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
         if decodes:
             self.stats.decode += 1
             self.stats.decode_density += plan.density
         else:
-            self._count_prefill(q, k, plan, scale)
+            self._count_prefill(q, k, plan, call)
         return out
 
-    def _count_prefill(self, q: Tensor, k: Tensor, plan: BlockPlan, scale: float) -> None:
+    def _count_prefill(self, q: Tensor, k: Tensor, plan: BlockPlan, call: Call) -> None:
         self.stats.sparse += 1
         self.stats.density += plan.density
         measure = self.options.measure_recall
         if measure:
             rows = None if measure is True else int(measure)
-            self.stats.recall += float(recall(q, k, plan, scale=scale, rows=rows).mean())
+            kept = recall(q, k, plan, scale=call.scale, rows=rows, softcap=call.softcap)
+            self.stats.recall += float(kept.mean())
             self.stats.measured += 1
 
 
@@ -192,6 +236,7 @@ class Call:
 
     scale: float
     causal: bool
+    training: bool
     window: int | None
     softcap: float | None
     sinks: Tensor | None
@@ -223,9 +268,14 @@ class Call:
         return cls(
             scale=head_dim**-0.5 if scaling is None else float(scaling),
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+            training=module.training,
             window=kw.get("sliding_window"),
             softcap=kw.get("softcap"),
             sinks=kw.get("sinks") if sinks is None else sinks,
             bias=kw.get("position_bias"),
             dropout=float(dropout),
         )
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The fields by name, as they are: `dataclasses.asdict` would copy the tensors."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -32,3 +32,16 @@ def test_everything_kept_is_recall_one():
     q, k, _, _ = case()
     plan = BlockPlan(100, 130, 16, window=130)
     assert recall(q, k, plan).tolist() == pytest.approx([1.0] * 4)
+
+
+def test_recall_under_a_soft_cap_is_that_of_the_capped_logits():
+    torch.manual_seed(0)
+    q, k = 3 * torch.randn(4, 40, 16), torch.randn(2, 50, 16)
+    plan = BlockPlan(40, 50, 16, sink=3, window=9)
+    scores = 1.5 * torch.tanh(q @ k.repeat_interleave(2, 0).mT / 4 / 1.5)
+    causal = torch.ones(40, 50, dtype=torch.bool).tril(10)
+    probs = scores.masked_fill(~causal, float("-inf")).softmax(-1)
+    want = (probs * plan.to_dense_mask()).sum(-1).mean(-1)
+    got = recall(q, k, plan, softcap=1.5)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    assert bool(((got - recall(q, k, plan)).abs() > 1e-3).all())

@@ -535,12 +535,25 @@ def configs(rows: int, columns: int, itemsize: int, chip: Chip) -> tuple[triton.
         itemsize: bytes a number.
     """
     warps = 8 if rows >= 128 or columns > 256 else 4
+    # Wide tiles share the overhead of a step between more keys; more stages hide more latency.
+    # 128 keys spill at a head_dim of 128 with 8 warps, and 4 warps spill at 128 rows.
     tries = [(64, warps, 3), (64, warps, 2), (32, warps, 3), (32, warps, 2), (16, warps, 1)]
+    if chip.backend == "hip":
+        tries = [(64, warps, 2), (32, warps, 2), (16, warps, 1)]
     fits = [
-        (n, w, stages)
-        for n, w, stages in tries
-        if (stages * n * columns + rows * columns // 2) * itemsize <= chip.shared_bytes
+        one for one in tries if _shared(one, rows, columns, chip) * itemsize <= chip.shared_bytes
     ]
     return tuple(
         triton.Config({"BLOCK_N": n}, num_warps=w, num_stages=stages) for n, w, stages in fits
     )
+
+
+def _shared(config: tuple[int, int, int], rows: int, columns: int, chip: Chip) -> int:
+    """Numbers in shared memory, at most: keys and values of each stage, and queries or weights.
+
+    Read off compiled kernels; scripts/compile_kernels.py fails where it is too little.
+    """
+    n, _, stages = config
+    if chip.backend == "hip":
+        return (stages - 1) * n * columns + rows * n
+    return stages * n * columns + rows * columns // 2
