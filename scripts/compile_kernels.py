@@ -18,7 +18,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -36,7 +38,8 @@ from sparse_patch_kernels.aot.report import Entry, case_name, config_text, failu
 try:
     import triton
     from sparse_patch_kernels.aot.build import Build, door_chip
-    from sparse_patch_kernels.aot.cases import Case, cases
+    from sparse_patch_kernels.aot.case import Case
+    from sparse_patch_kernels.aot.cases import cases
     from sparse_patch_kernels.triton.launch import INTERPRETED, Launch, recording
     from triton import knobs
 except ModuleNotFoundError as error:
@@ -106,13 +109,17 @@ def main(
 def jobs_of(case: Case, chip: Chip, every_config: bool) -> list[Job]:
     """The binaries that a case comes down to on a chip; launches of the same one count once."""
     jobs: dict[str, Job] = {}
+    variants: Counter[str] = Counter()
     for i, launch in enumerate(_launches(case, chip)):
-        count = len(launch.configs) if every_config else 1
-        for j, config in enumerate(launch.configs[:count]):
+        if Build.of(launch, launch.configs[0], chip).key in jobs:
+            continue
+        variants[launch.kernel.__name__] += 1
+        for j, config in enumerate(launch.configs if every_config else launch.configs[:1]):
             build = Build.of(launch, config, chip)
             about = {
                 "family": case.family,
                 "kernel": build.kernel,
+                "variant": variants[build.kernel],
                 "shape": case.shape,
                 "dim": case.width,
                 "dtype": case.dtype,
@@ -148,8 +155,10 @@ def compiled(job: Job) -> dict[str, Any]:
     try:
         kernel, seconds = build.compile()
     except Exception as error:
-        # Whatever Triton, LLVM or ptxas object to is a finding, and no reason to stop.
-        return {**job.about, "facts": None, "error": repr(error)[:400]}
+        # Whatever Triton, LLVM or ptxas object to is a finding, and no reason to stop. A message of
+        # Triton's quotes the source first.
+        message = (str(error).strip().splitlines() or [""])[-1]
+        return {**job.about, "facts": None, "error": f"{type(error).__name__}: {message}"}
     return {**job.about, "facts": asdict(facts(kernel)), "seconds": round(seconds, 2)}
 
 
@@ -192,9 +201,10 @@ def _each(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
 
 def _place(entry: Entry) -> tuple[Any, ...]:
     """Where an entry stands among the others; differs between any two."""
-    dims = tuple(map(int, entry["dim"].split("/")))
-    first = (entry["family"], entry["kernel"], entry["shape"], dims, entry["dtype"])
-    return (*first, config_text(entry), list(CHIPS).index(entry["chip"]), entry["key"])
+    dims = tuple(map(int, re.findall(r"\d+", entry["dim"])))
+    case = (entry["family"], entry["shape"], dims, entry["dtype"])
+    binary = (entry["kernel"], entry["variant"], config_text(entry))
+    return (*case, *binary, list(CHIPS).index(entry["chip"]))
 
 
 def _plain(value: Any) -> Any:

@@ -1,59 +1,18 @@
 """The calls whose kernels are compiled: public launchers, on tensors that hold nothing.
 
-Lengths are those of a long prompt, since they decide nothing but whether a number divides by 16.
-Every head dimension and type goes through the plan that most methods make, in bf16 with all
-configurations; the other forms of plans, one for each that a method makes, through head dimension
-128 in bf16.
+Every head dimension and type goes through the call that most methods make; the other calls that
+methods make, through head dimension 128 in bf16. Where not all configurations are compiled, the
+default stands for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 
-import torch
-
 from ..triton import forward
-from .forms import FORMS, HEADS, KV_HEADS, TOKENS, Form, empty
-
-DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call that launches kernels.
-
-    Attributes:
-        family: module of the launcher.
-        shape: what tells the case from others of its family, beside dim and dtype.
-        dim: head dimension of q and k; `v_dim`: of v.
-        dtype: bf16, fp16 or fp32.
-        call: makes the call on meta tensors.
-        every_config: compile all configurations; else the default stands for them.
-        quick: among the few that every run of the tests compiles.
-    """
-
-    family: str
-    shape: str
-    dim: int
-    v_dim: int
-    dtype: str
-    call: Callable[[], object]
-    every_config: bool = False
-    quick: bool = False
-
-    @property
-    def width(self) -> str:
-        """The head dimensions as the table shows them."""
-        return str(self.dim) if self.dim == self.v_dim else f"{self.dim}/{self.v_dim}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.family}, {self.shape}, {self.width}, {self.dtype}"
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from .case import DIMS, DTYPES, HEADS, KV_HEADS, TOKENS, Case, empty
+from .forms import FORMS, Form
 
 
 def cases() -> list[Case]:

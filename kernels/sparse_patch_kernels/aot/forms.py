@@ -8,18 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..plan import BlockPlan
 from ..runs import RunList
-
-TOKENS = 32768
-HEADS, KV_HEADS = 32, 8
-
-
-def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+from .case import HEADS, KV_HEADS, TOKENS, empty
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,18 @@ def failures(entry: Entry) -> list[str]:
         wrong = [f"does not compile: {entry['error']}"]
     else:
         wrong = complaints(facts, chip, entry["config"].get("num_stages", 1), entry["default"])
-    where = f"{entry['kernel']} ({case_name(entry)}) on {chip.name}, {config_text(entry)}"
+    where = f"{kernel_text(entry)} ({case_name(entry)}) on {chip.name}, {config_text(entry)}"
     return [f"{where}: {what}" for what in wrong]
 
 
 def case_name(entry: Entry) -> str:
     """The same as `Case.name`."""
     return f"{entry['family']}, {entry['shape']}, {entry['dim']}, {entry['dtype']}"
+
+
+def kernel_text(entry: Entry) -> str:
+    """Name of the kernel, numbered where a case launches it with several sets of constants."""
+    return str(entry["kernel"]) + (f" ({entry['variant']})" if entry["variant"] > 1 else "")
 
 
 def config_text(entry: Entry) -> str:
@@ -80,8 +85,8 @@ def _rows(entries: Iterable[Entry]) -> dict[tuple[str, ...], dict[str, Entry]]:
     """Entries by what a row of the table is, then by chip."""
     rows: dict[tuple[str, ...], dict[str, Entry]] = {}
     for entry in entries:
-        fields = ("kernel", "shape", "dim", "dtype")
-        row = (*(str(entry[field]) for field in fields), config_text(entry))
+        fields = ("shape", "dim", "dtype")
+        row = (kernel_text(entry), *(str(entry[field]) for field in fields), config_text(entry))
         rows.setdefault(row, {})[entry["chip"]] = entry
     return rows
 
