@@ -520,9 +520,10 @@ def _list_arguments(lists: Sequence[KeyList], table: Tensor) -> dict[str, Any]:
 def most_rows(columns: int, itemsize: int) -> int:
     """Rows of a tile: 128 in 16 bits at a head_dim of 128, fewer of wider heads.
 
-    That fills the registers with accumulators, and the queries take 32 KiB.
+    That fills the registers with accumulators, and the queries take 32 KiB. Products of float32 run
+    outside of the tensor cores and need registers for both factors too.
     """
-    rows = min(128, 65536 // (columns * itemsize))
+    rows = min(128 if itemsize == 2 else 32, 65536 // (columns * itemsize))
     return max(16, 1 << rows.bit_length() - 1)
 
 
@@ -540,6 +541,8 @@ def configs(rows: int, columns: int, itemsize: int, chip: Chip) -> tuple[triton.
     tries = [(64, warps, 3), (64, warps, 2), (32, warps, 3), (32, warps, 2), (16, warps, 1)]
     if chip.backend == "hip":
         tries = [(64, warps, 2), (32, warps, 2), (16, warps, 1)]
+    if itemsize > 2:
+        tries = [(32, 8, 2), (16, 8, 2), (16, 8, 1)]
     fits = [
         one for one in tries if _shared(one, rows, columns, chip) * itemsize <= chip.shared_bytes
     ]
