@@ -12,12 +12,13 @@ from functools import partial
 
 from ..triton import forward
 from .case import DIMS, DTYPES, HEADS, KV_HEADS, TOKENS, Case, empty
+from .estimators import estimators
 from .forms import FORMS, Form
 
 
 def cases() -> list[Case]:
     """All calls."""
-    return [*_forward()]
+    return [*_forward(), *estimators()]
 
 
 def _forward() -> Iterator[Case]:
