@@ -15,6 +15,7 @@ the chip has, or no asynchronous copies in a pipelined loop.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -86,16 +87,15 @@ def main(
     chosen = [case for case in cases() if kernels in case.name and (case.quick or not quick)]
     if not chosen:
         fail(f"--kernels {kernels}: no case has that in its name")
+    offered = [job for case in chosen for name in on for job in jobs_of(case, CHIPS[name])]
     todo = [
         job
-        for case in chosen
-        for name in on
-        for job in jobs_of(case, CHIPS[name], every_config or (case.every_config and not quick))
+        for job in offered
+        if job.about["default"] or every_config or (job.case.every_config and not quick)
     ]
     file = output / "kernels.json"
-    names = {case.name for case in cases()}
-    known = [entry for entry in _read(file) if case_name(entry) in names]
     output.mkdir(parents=True, exist_ok=True)
+    known = _current(_read(file), chosen, on, offered)
     entries = run(todo, known, file, jobs)
     mine = {_place(job.about) for job in todo}
     wrong = [line for entry in entries if _place(entry) in mine for line in failures(entry)]
@@ -106,7 +106,7 @@ def main(
     raise typer.Exit(1 if wrong else 0)
 
 
-def jobs_of(case: Case, chip: Chip, every_config: bool) -> list[Job]:
+def jobs_of(case: Case, chip: Chip) -> list[Job]:
     """The binaries that a case comes down to on a chip; launches of the same one count once."""
     jobs: dict[str, Job] = {}
     variants: Counter[str] = Counter()
@@ -114,7 +114,7 @@ def jobs_of(case: Case, chip: Chip, every_config: bool) -> list[Job]:
         if Build.of(launch, launch.configs[0], chip).key in jobs:
             continue
         variants[launch.kernel.__name__] += 1
-        for j, config in enumerate(launch.configs if every_config else launch.configs[:1]):
+        for j, config in enumerate(launch.configs):
             build = Build.of(launch, config, chip)
             about = {
                 "family": case.family,
@@ -162,21 +162,34 @@ def compiled(job: Job) -> dict[str, Any]:
     return {**job.about, "facts": asdict(facts(kernel)), "seconds": round(seconds, 2)}
 
 
-def run(todo: Sequence[Job], known: Sequence[Entry], file: Path, processes: int) -> list[Entry]:
-    """Compile what `known` does not have, and write all entries to `file` now and then.
+def _current(
+    entries: Sequence[Entry], chosen: Sequence[Case], on: Sequence[str], offered: Sequence[Job]
+) -> list[Entry]:
+    """Entries without those whose case is gone, or offers that binary no more."""
+    names = {case.name for case in cases()}
+    looked_at = {(case.name, chip) for case in chosen for chip in on}
+    keys = {(job.case.name, job.chip, job.about["key"]) for job in offered}
+    return [
+        entry
+        for entry in entries
+        if (case_name(entry), entry["chip"], entry["key"]) in keys
+        or (case_name(entry) in names and (case_name(entry), entry["chip"]) not in looked_at)
+    ]
 
-    Entries of cases and chips that are not to be done stay as they are.
-    """
+
+def run(todo: Sequence[Job], known: Sequence[Entry], file: Path, processes: int) -> list[Entry]:
+    """Compile what `known` does not have; write all entries to `file`, and now and then."""
     done = {entry["key"]: entry for entry in known if entry["facts"]}
-    doing = {(job.case.name, job.chip) for job in todo}
-    entries = [entry for entry in known if (case_name(entry), entry["chip"]) not in doing]
+    places = {_place(job.about) for job in todo}
+    entries = [entry for entry in known if _place(entry) not in places]
     entries += [{**done[job.about["key"]], **job.about} for job in todo if job.about["key"] in done]
     missing = [job for job in todo if job.about["key"] not in done]
+    # Defaults first: most of what can be a fault is theirs.
+    missing.sort(key=lambda job: not job.about["default"])
     saved = time.monotonic()
-    # Workers first: once the bar's thread is there, a fork would copy its locks.
-    ready = _each(missing, processes)
     try:
-        with progress() as bar:
+        # Workers first: once the bar's thread is there, a fork would copy its locks.
+        with _workers(missing, processes) as ready, progress() as bar:
             task = bar.add_task("kernels", total=len(todo), completed=len(todo) - len(missing))
             for entry in ready:
                 entries.append(entry)
@@ -189,14 +202,18 @@ def run(todo: Sequence[Job], known: Sequence[Entry], file: Path, processes: int)
     return sorted(entries, key=_place)
 
 
-def _each(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
-    """Entries of the jobs as they get ready; work begins with the call."""
+@contextlib.contextmanager
+def _workers(jobs: Sequence[Job], processes: int) -> Iterator[Iterator[dict[str, Any]]]:
+    """Entries of the jobs as they get ready."""
     if processes == 1 or len(jobs) < 2:
-        return map(compiled, jobs)
+        yield map(compiled, jobs)
+        return
     pool = ProcessPoolExecutor(processes, mp_context=get_context("fork"))
     futures = [pool.submit(compiled, job) for job in jobs]
-    pool.shutdown(wait=False)
-    return (future.result() for future in as_completed(futures))
+    try:
+        yield (future.result() for future in as_completed(futures))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _place(entry: Entry) -> tuple[Any, ...]:

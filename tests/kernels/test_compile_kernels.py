@@ -408,7 +408,7 @@ def test_the_quick_run_finds_no_fault_and_compiles_nothing_twice(tmp_path):
     first = json.loads((tmp_path / "kernels.json").read_text())
     assert {entry["chip"] for entry in first["entries"]} == {"sm_80", "sm_90", "gfx942"}
     assert first["versions"]["ptxas"]
-    assert (tmp_path / "kernels.md").read_text().count("\n| block_sparse_forward |") >= 4
+    assert (tmp_path / "kernels.md").read_text().count("\n| block_sparse_forward |") >= 2
 
     # Marked, so that what is compiled again shows; the first one looks as if its source had been
     # another, and the second as if it had not compiled.
