@@ -45,7 +45,7 @@ REASONS: dict[str, str | None] = {
     "dropout": "attention dropout is on",
     "non-finite": "q or k holds NaN or infinity; the model or its input is broken",
     "no backend": (
-        "no sparse backend runs on this device (on a GPU: pip install 'sparse-patch[triton]', Linux)"
+        "no sparse backend runs on this device; on a GPU, Linux, pip install 'sparse-patch[triton]'"
     ),
 }
 

@@ -32,8 +32,8 @@ def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
     return index, count
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _compact(mask, index, count, stride_list, stride_row, stride_entry, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _compact(mask, index, count, stride_list, stride_row, stride_entry, n, BLOCK: tl.constexpr):
     """One program per row and list: each marked entry goes to the slot that its rank names."""
     row = tl.program_id(0).to(tl.int64)
     which = tl.program_id(1).to(tl.int64)

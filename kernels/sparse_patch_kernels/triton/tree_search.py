@@ -283,7 +283,7 @@ def _tiles(width: int, key_bytes: int) -> tuple[triton.Config, ...]:
 
 
 @triton.jit
-def _half_of(chunk, right):  # type: ignore[no-untyped-def]
+def _half_of(chunk, right):
     """First leaf and size of the right or left half. The left half of a single leaf is empty."""
     start = (chunk >> 32).to(tl.int32)
     size = chunk.to(tl.int32)
@@ -291,8 +291,8 @@ def _half_of(chunk, right):  # type: ignore[no-untyped-def]
     return tl.where(right, start + half, start), tl.where(right, size - half, half)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len"])  # type: ignore[untyped-decorator]
-def _cut_leaves(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["q_len", "kv_len"])
+def _cut_leaves(
     chunks,
     extent,
     q_len,
@@ -333,8 +333,8 @@ def _cut_leaves(  # type: ignore[no-untyped-def]
     tl.store(extent + 2 * block + 1, tl.where(n > keep, used, 0))
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "blocks", "first_block", "left", "span"])  # type: ignore[untyped-decorator]
-def _score_halves(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["q_len", "kv_len", "blocks", "first_block", "left", "span"])
+def _score_halves(
     q,
     k,
     chunks,
@@ -452,8 +452,8 @@ def _score_halves(  # type: ignore[no-untyped-def]
         tl.store(scores + slot[:, None], best, mask=fresh[:, None] & (member < group)[None, :])
 
 
-@triton.jit(do_not_specialize=["blocks", "first_block", "left"])  # type: ignore[untyped-decorator]
-def _keep_best(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["blocks", "first_block", "left"])
+def _keep_best(
     chunks,
     kept_chunks,
     scores,
