@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..plan import BlockPlan
 from .launch import Chip, chip_of, launch
-from .layout import KeyList, Tiling, block_table, check_form, key_lists, schedule, split
+from .layout import KeyList, Tiling, block_table, check_form, key_lists, schedule
+from .tiles import split_dim
 
 LOG2E = math.log2(math.e)
 # Offsets from here on take 64 bits; 32 take half the registers.
@@ -427,7 +428,7 @@ def attend_packed(
     plan = plans[0]
     lists = key_lists(k, v, plans)
     table = block_table(plans, lists, q.device)
-    (d0, d1), (v0, v1) = split(dim), split(v_dim)
+    (d0, d1), (v0, v1) = split_dim(dim), split_dim(v_dim)
     columns = d0 + d1 + v0 + v1
     shared = math.gcd(heads // kv_heads, *(heads // one.heads for one in plans))
     tiling = Tiling.of(plan.block_q, shared, most_rows(columns, q.itemsize))

@@ -20,10 +20,14 @@ def split_dim(dim: int) -> tuple[int, int]:
     """Widths, powers of two from 16 on, of the two tiles that hold `dim` numbers; 0: no second.
 
     Tiles are powers of two. One for all would be padding to a quarter at dims 96 and 192, and more
-    at 80; 64 + 32, 128 + 64 and 64 + 16 have none.
+    at 80; 64 + 32, 128 + 64 and 64 + 16 have none. Where two would be as wide as one, it is one.
     """
-    first = 1 << (max(dim, 16).bit_length() - 1)
-    return first, power_of_two(dim - first, 16) if dim > first else 0
+    whole = power_of_two(dim, 16)
+    first = whole // 2
+    if first < 16 or first >= dim:
+        return whole, 0
+    rest = power_of_two(dim - first, 16)
+    return (first, rest) if first + rest < whole else (whole, 0)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .tiles import split_dim
 
 # Beyond these the plain search runs: rows of a block or keys of a leaf that fill more than a tile,
 # or more chunks than one program ranks in its registers.
@@ -191,8 +192,7 @@ class _Search:
         tile = _MOST_KEYS // width
         span = -(-n_halves // max(1, _PROGRAMS // (blocks * groups)))
         span = -(-span // tile) * tile
-        # Padded to a power of two, 80 numbers would be 128. They are split: 64, and 16.
-        d0 = max(16, triton.next_power_of_2(dim + 1) // 2)
+        d0, d1 = split_dim(dim)
         arguments = {
             "q": q,
             "k": k,
@@ -230,7 +230,7 @@ class _Search:
             "WIDTH": width,
             "DIM": dim,
             "D0": d0,
-            "D1": max(16, triton.next_power_of_2(dim - d0)) if dim > d0 else 0,
+            "D1": d1,
         }
         configs = _tiles(width, dim * q.element_size())
         grid = (blocks, groups, -(-n_halves // span))
