@@ -5,10 +5,13 @@ import types
 
 import pytest
 import torch
+from sparse_patch_kernels import block_sparse_attention
 
 from tests.kernels.interpreted import require_interpreter
+from tests.kernels.test_backends import assert_same, inputs, variants
 
 launch = require_interpreter("launch")
+forward = require_interpreter("forward")
 triton = pytest.importorskip("triton")
 
 
@@ -79,3 +82,37 @@ def test_a_recording_launches_nothing_and_says_for_which_chip(gpu):
     assert not outer
     assert not gpu
     assert inner == [launch.Launch(inner[0].kernel, (1,), {"x": x}, (config(16, 4),))]
+
+
+def test_triton_s_autotuner_takes_what_is_launched(gpu, monkeypatch):
+    """The real tuner, with the interpreter for a GPU and made-up times: a class is tuned once."""
+    tuners, timed = [], []
+
+    def times(call, quantiles):
+        call()
+        timed.append(len(timed))
+        return [-len(timed)] * 3  # the last configuration is the fastest
+
+    def autotune(configs, key, cache_results, make=triton.autotune):
+        def wrap(kernel):
+            tuners.append(make(configs, key, do_bench=times, cache_results=cache_results)(kernel))
+            return tuners[-1]
+
+        return wrap
+
+    monkeypatch.setattr(triton, "autotune", autotune)
+    monkeypatch.setattr(launch, "chip_of", lambda _: launch.HOPPER)
+    monkeypatch.setattr(forward, "chip_of", lambda _: launch.HOPPER)
+    for n in (70, 90):
+        shape = (2, 1, n, n, 16, 16, 32, 16)
+        q, k, v = inputs(shape)
+        plan = variants(shape)["blocks+sink+window"]
+        got = forward.block_sparse_attention(q, k, v, plan, 0.25)
+        want = block_sparse_attention(
+            q, k, v, plan, scale=0.25, backend="reference", return_lse=True
+        )
+        assert_same(got, want, 5e-6)
+    (tuner,) = tuners
+    assert len(timed) == len(tuner.configs) > 1
+    (chosen,) = tuner.cache.values()
+    assert chosen == tuner.configs[-1]
