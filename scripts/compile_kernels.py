@@ -30,17 +30,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from kernel_checks.binary import facts
+from kernel_checks.chips import CHIPS, Chip
+from kernel_checks.report import Entry, case_name, config_text, failures, markdown
 from sparse_patch_eval.console import console, fail, progress
 from sparse_patch_eval.prefill import machine
-from sparse_patch_kernels.aot.binary import facts
-from sparse_patch_kernels.aot.chips import CHIPS, Chip
-from sparse_patch_kernels.aot.report import Entry, case_name, config_text, failures, markdown
 
 try:
     import triton
-    from sparse_patch_kernels.aot.build import Build, door_chip
-    from sparse_patch_kernels.aot.case import Case
-    from sparse_patch_kernels.aot.cases import cases
+    from kernel_checks.build import Build, door_chip
+    from kernel_checks.case import Case
+    from kernel_checks.cases import cases
     from sparse_patch_kernels.triton.launch import INTERPRETED, Launch, recording
     from triton import knobs
 except ModuleNotFoundError as error:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparse_patch_kernels.aot import binary
-from sparse_patch_kernels.aot.binary import Facts, Product
-from sparse_patch_kernels.aot.case import HEADS, KV_HEADS
-from sparse_patch_kernels.aot.checks import complaints
-from sparse_patch_kernels.aot.chips import CHIPS, occupancy
-from sparse_patch_kernels.aot.forms import FORMS
-from sparse_patch_kernels.aot.report import config_text, failures, markdown
-from sparse_patch_kernels.aot.roofline import Tile, roofline
+from kernel_checks import binary
+from kernel_checks.binary import Facts, Product
+from kernel_checks.case import HEADS, KV_HEADS
+from kernel_checks.checks import complaints
+from kernel_checks.chips import CHIPS, occupancy
+from kernel_checks.forms import FORMS
+from kernel_checks.report import config_text, failures, markdown
+from kernel_checks.roofline import Tile, roofline
 from sparse_patch_kernels.triton.layout import Tiling
 
 import sparse_patch
@@ -329,8 +329,8 @@ def test_every_form_of_plan_that_a_method_makes_is_compiled():
 def run(*command):
     """In a process of its own: there Triton compiles, here it may interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval"), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path)
+    folders = (str(ROOT / name) for name in (".", "kernels", "eval", "scripts"))
+    environment["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT
     )

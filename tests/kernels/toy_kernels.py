@@ -10,10 +10,10 @@ from dataclasses import asdict
 import torch
 import triton
 import triton.language as tl
-from sparse_patch_kernels.aot.binary import facts
-from sparse_patch_kernels.aot.build import Build, door_chip
-from sparse_patch_kernels.aot.checks import complaints
-from sparse_patch_kernels.aot.chips import CHIPS
+from kernel_checks.binary import facts
+from kernel_checks.build import Build, door_chip
+from kernel_checks.checks import complaints
+from kernel_checks.chips import CHIPS
 from sparse_patch_kernels.triton.launch import launch, recording
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .chips import Chip
+from kernel_checks.chips import Chip
 
 ROW_GROUP = {"HGMMA": 64, "UTCHMMA": 128}
 """Rows for which one instruction reads keys from shared memory; elsewhere every warp reads them."""

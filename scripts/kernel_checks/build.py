@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton
+from sparse_patch_kernels.triton import launch as door
 from triton import knobs
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from ..triton import launch as door
-from .chips import Chip
+from kernel_checks.chips import Chip
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ..triton import forward
-from .case import DIMS, DTYPES, HEADS, KV_HEADS, TOKENS, Case, empty
-from .estimators import estimators
-from .forms import FORMS, Form
+from sparse_patch_kernels.triton import forward
+
+from kernel_checks.case import DIMS, DTYPES, HEADS, KV_HEADS, TOKENS, Case, empty
+from kernel_checks.estimators import estimators
+from kernel_checks.forms import FORMS, Form
 
 
 def cases() -> list[Case]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from sparse_patch_kernels.plan import BlockPlan
+from sparse_patch_kernels.runs import RunList
 
-from ..plan import BlockPlan
-from ..runs import RunList
-from .case import HEADS, KV_HEADS, TOKENS, empty
+from kernel_checks.case import HEADS, KV_HEADS, TOKENS, empty
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sparse_patch_kernels.triton import compaction, pooling, probe, token_scores, tree_search
 from torch import Tensor
 
-from ..triton import compaction, pooling, probe, token_scores, tree_search
-from .case import DIMS, DTYPES, HEADS, KV_HEADS, TOKENS, Case, empty
+from kernel_checks.case import DIMS, DTYPES, HEADS, KV_HEADS, TOKENS, Case, empty
 
 
 def estimators() -> Iterator[Case]:

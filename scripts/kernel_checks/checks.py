@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .binary import Facts
-from .chips import WIDE_ROWS, Chip
+from kernel_checks.binary import Facts
+from kernel_checks.chips import WIDE_ROWS, Chip
 
 ASYNCHRONOUS = ("LDGSTS", "UTMALDG")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .binary import Facts
-from .checks import complaints
-from .chips import CHIPS, KIB, Chip, Occupancy, occupancy
-from .roofline import Roofline, Tile, roofline
+from kernel_checks.binary import Facts
+from kernel_checks.checks import complaints
+from kernel_checks.chips import CHIPS, KIB, Chip, Occupancy, occupancy
+from kernel_checks.roofline import Roofline, Tile, roofline
 
 Entry = Mapping[str, Any]
 
@@ -160,7 +160,7 @@ def _roofline(entries: Sequence[Entry], chips: Sequence[Chip]) -> str:
         "## ESTIMATE: the forward kernel against each chip's peak\n\nNot measured. Share of the "
         "dense bf16 peak (keys in L2 / all keys from memory) if copies, products and exp2 overlap "
         "perfectly; in brackets the unit that bounds it with keys in L2, and clocks per tile of "
-        "tensor cores, exp2, shared memory, memory. See `sparse_patch_kernels/aot/roofline.py`.\n\n"
+        "tensor cores, exp2, shared memory, memory. See `scripts/kernel_checks/roofline.py`.\n\n"
     ) + _table(["dim", "rows", "configuration", *(chip.name for chip in chips)], table)
 
 
@@ -231,5 +231,5 @@ def _limits(chips: Sequence[Chip]) -> str:
     return (
         "## The chips\n\nLimits per multiprocessor: CUDA C++ Programming Guide, table of compute "
         "capabilities; AMD CDNA3 ISA guide and LLVM's AMDGPU target. Rates: data sheets of the "
-        "product. All sources: `sparse_patch_kernels/aot/chips.py`.\n\n"
+        "product. All sources: `scripts/kernel_checks/chips.py`.\n\n"
     ) + _table([*columns], rows)
