@@ -1,0 +1,554 @@
+// Block-sparse attention forward on a CPU: what `cpu_native.py` compiles and calls.
+//
+// A task is one query block of the query heads that share their lists and their KV head: its rows
+// meet the keys that the plan names, a tile of keys at a time, with an online softmax in base 2.
+// Keys are packed into panels on the way, so runs of any length cost the same, and nothing of size
+// queries x keys is kept. Products work in units of 32 bits: one float, or two bfloat16 where the
+// CPU multiplies those; other CPUs widen bfloat16 while packing.
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 8;  // of 32 registers, 16 hold sums
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 4;  // of 16 registers, 8 hold sums
+#else
+constexpr int LANES = 4, ROWS = 8;
+#endif
+constexpr int WIDE = 2;              // vectors beside one another in a product
+constexpr int PANEL = WIDE * LANES;  // keys of a panel
+constexpr int TILE = 128;            // keys that share a step of the softmax
+constexpr int MOST_ROWS = 512;       // of a task; more heads than fit are other tasks
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+static_assert(TILE % PANEL == 0, "tiles are whole panels");
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <class V, class T>
+inline V load(const T* from) {
+  V x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+template <class V, class T>
+inline void store(T* to, V x) {
+  std::memcpy(to, &x, sizeof x);
+}
+template <class V, class From>
+inline V bits(From x) {
+  static_assert(sizeof(V) == sizeof(From), "same size");
+  V y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+inline Floats all(float x) { return x - Floats{}; }
+inline Floats pick(Ints where, Floats yes, Floats no) {
+  return bits<Floats>((bits<Ints>(yes) & where) | (bits<Ints>(no) & ~where));
+}
+inline Floats larger(Floats a, Floats b) { return pick(a > b, a, b); }
+inline float sum(Floats x) {
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += x[i];
+  return total;
+}
+inline float largest(Floats x) {
+  float most = x[0];
+  for (int i = 1; i < LANES; ++i) most = std::max(most, x[i]);
+  return most;
+}
+
+// 2^x for x up to 127, to 8e-8 of itself before rounding; 0 below -126. A minimax polynomial.
+inline Floats exp2(Floats x) {
+  const Floats magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Ints tiny = x < all(-126.f);
+  x = pick(tiny, all(0.f), x);
+  const Floats whole = x + magic;
+  const Floats f = x - (whole - magic);
+  Floats p = f * 1.327679577e-3f + 9.675544463e-3f;
+  p = p * f + 5.550712277e-2f;
+  p = p * f + 2.402211965e-1f;
+  p = p * f + 6.931469677e-1f;
+  p = p * f + 1.f;
+  return bits<Floats>((bits<Ints>(p) + (bits<Ints>(whole) << 23)) & ~tiny);
+}
+
+inline float widened(uint16_t x) { return bits<float>(uint32_t{x} << 16); }
+
+inline uint16_t narrowed(float x) {  // to the nearest bfloat16, ties to even
+  uint32_t word = bits<uint32_t>(x);
+  if (x != x) return static_cast<uint16_t>((word >> 16) | 64);
+  return static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+// How numbers of type In lie in panels, and are multiplied.
+template <class In>
+struct Single {  // one float in 32 bits
+  using Type = In;
+  static constexpr int PER_WORD = 1;
+  static Floats mac(Floats sum, uint32_t a, Words b) {
+    return sum + all(bits<float>(a)) * bits<Floats>(b);
+  }
+};
+
+#ifdef __AVX512BF16__
+struct Pair {  // two bfloat16 in 32 bits
+  using Type = uint16_t;
+  static constexpr int PER_WORD = 2;
+  static Floats mac(Floats sum, uint32_t a, Words b) {
+    return bits<Floats>(_mm512_dpbf16_ps(bits<__m512>(sum), (__m512bh)_mm512_set1_epi32(a),
+                                         bits<__m512bh>(b)));
+  }
+};
+#endif
+
+// `n` words of 32 bits of a row: as they are, or widened.
+template <int PER_WORD>
+inline void words_of(const uint16_t* row, int n, uint32_t* to) {
+  if (PER_WORD == 2) {
+    std::memcpy(to, row, 4 * n);
+  } else {
+    for (int i = 0; i < n; ++i) to[i] = uint32_t{row[i]} << 16;
+  }
+}
+template <int PER_WORD>
+inline void words_of(const float* row, int n, uint32_t* to) {
+  std::memcpy(to, row, 4 * n);
+}
+
+// LANES rows of LANES words, transposed in place.
+inline void transpose(Words (&x)[LANES]) {
+  for (int step = 1; step < LANES; step *= 2) {
+    Words low, high;  // lanes of the first of two rows, then of the second (numbered from LANES on)
+    for (int i = 0; i < LANES; ++i) {
+      low[i] = i & step ? LANES + i - step : i;
+      high[i] = i & step ? LANES + i : i + step;
+    }
+    for (int i = 0; i < LANES; ++i) {
+      if (i & step) continue;
+      const Words a = x[i], b = x[i + step];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + step] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// sums[r][c] += a[r, :] . b[:, c] over `steps` words; a row of `b` is `b_step` words.
+template <class How>
+inline void multiply(const uint32_t* a, int a_step, const uint32_t* b, int b_step, int steps,
+                     Floats (&sums)[ROWS][WIDE]) {
+  for (int s = 0; s < steps; ++s, b += b_step) {
+    const Words b0 = load<Words>(b), b1 = load<Words>(b + LANES);
+    for (int r = 0; r < ROWS; ++r) {
+      const uint32_t x = a[r * a_step + s];
+      sums[r][0] = How::mac(sums[r][0], x, b0);
+      sums[r][1] = How::mac(sums[r][1], x, b1);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Runs of `width` keys: `start [lists, blocks, listed]` and `count [counts, blocks]`.
+struct Runs {
+  const int32_t *start, *count;
+  int64_t lists, counts, listed, width;
+};
+
+// Strides are counted in elements; the last dimension of q, k, v and out is contiguous.
+struct Call {
+  const void *q, *k, *v;
+  void* out;
+  float* lse;  // [heads, q_len]
+  int64_t q_head, q_row, k_head, k_row, v_head, v_row, out_head, out_row;
+  int64_t heads, kv_heads, q_len, kv_len, dim, v_dim;
+  int64_t block, n_blocks, sink, window, units;
+  const int32_t* order;  // [orders, kv_len], or null
+  int64_t orders;
+  const Runs* runs;
+  int64_t n_runs;
+  float scale, softcap;  // softcap 0: none
+  int32_t threads, bfloat16;
+};
+}
+
+namespace {
+
+template <class T>
+struct Aligned {
+  explicit Aligned(size_t n) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, std::max<size_t>(64, n * sizeof(T)))) throw std::bad_alloc();
+    at = static_cast<T*>(memory);
+    std::memset(memory, 0, n * sizeof(T));
+  }
+  ~Aligned() { std::free(at); }
+  Aligned(const Aligned&) = delete;
+  Aligned& operator=(const Aligned&) = delete;
+  T* at;
+};
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// A thread's memory and what it does with a task.
+template <class How>
+class Worker {
+  using In = typename How::Type;
+  static constexpr int PER = How::PER_WORD;
+
+ public:
+  Worker(const Call& call, int most_rows)
+      : c(call),
+        q_words(round_up(call.dim, 2) / PER),
+        v_words(round_up(call.v_dim, PANEL)),
+        rows_room(round_up(most_rows, ROWS)),
+        queries(rows_room * q_words),
+        panel(int64_t{TILE} * round_up(q_words, LANES)),
+        values(int64_t{TILE} / PER * v_words),
+        scores(rows_room * TILE),
+        weights(PER == 1 ? 0 : rows_room * TILE / PER),
+        sums(rows_room * v_words),
+        best(rows_room),
+        total(rows_room),
+        decay(rows_room),
+        seen(call.kv_len) {}
+
+  // Heads [head, end) of one list and KV head, query block `block`.
+  void run(int64_t head, int64_t end, int64_t block) {
+    first_row = c.kv_len - c.q_len + block * c.block;
+    in_block = std::min(c.block, c.q_len - block * c.block);
+    n_rows = (end - head) * in_block;
+    padded = round_up(n_rows, ROWS);
+    load_queries(head, end, block);
+    std::fill_n(best.at, padded, NOTHING);
+    std::fill_n(total.at, padded, 0.f);
+    std::memset(sums.at, 0, padded * v_words * sizeof(float));
+    name_keys(head, block);
+    const int64_t kv = head * c.kv_heads / c.heads;
+    k = static_cast<const In*>(c.k) + kv * c.k_head;
+    v = static_cast<const In*>(c.v) + kv * c.v_head;
+    for (size_t from = 0; from < keys.size(); from += TILE) {
+      attend(&keys[from], std::min<size_t>(TILE, keys.size() - from), from < open_keys);
+    }
+    write(head, end, block);
+  }
+
+ private:
+  void load_queries(int64_t head, int64_t end, int64_t block) {
+    uint32_t* to = queries.at;
+    for (int64_t h = head; h < end; ++h) {
+      const In* from = static_cast<const In*>(c.q) + h * c.q_head + block * c.block * c.q_row;
+      for (int64_t i = 0; i < in_block; ++i, from += c.q_row, to += q_words) {
+        words(from, c.dim, to, q_words);
+      }
+    }
+    std::memset(to, 0, (padded - n_rows) * q_words * 4);
+  }
+
+  // A row as `n` words; what lies beyond its `dim` numbers is 0.
+  static void words(const In* row, int64_t dim, uint32_t* to, int64_t n) {
+    const int64_t whole = dim / PER;
+    words_of<PER>(row, whole, to);
+    if (dim % PER) to[whole] = reinterpret_cast<const uint16_t*>(row)[dim - 1];
+    for (int64_t i = (dim + PER - 1) / PER; i < n; ++i) to[i] = 0;
+  }
+
+  // Keys of the task: those that all rows see (but for causality), then those in some row's window.
+  void name_keys(int64_t head, int64_t block) {
+    keys.clear();
+    const int64_t end = first_row + in_block;
+    const int64_t near = c.window ? std::max(c.sink, first_row - c.window + 1) : end;
+    const bool again = c.n_runs > 1 || c.window > 0;  // may a key be named twice?
+    for (int64_t key = 0; key < std::min(c.sink, end); ++key) keys.push_back(key);
+    const int32_t* order =
+        c.order ? c.order + head * c.orders / c.heads * c.kv_len : nullptr;
+    for (int64_t i = 0; i < c.n_runs; ++i) {
+      const Runs& r = c.runs[i];
+      const int32_t* start = r.start + (head * r.lists / c.heads * c.n_blocks + block) * r.listed;
+      const int32_t n = r.count[head * r.counts / c.heads * c.n_blocks + block];
+      for (int32_t j = 0; j < n; ++j) {
+        const int64_t stop = std::min<int64_t>(start[j] + r.width, c.kv_len);
+        for (int64_t slot = start[j]; slot < stop; ++slot) {
+          const int64_t key = order ? order[slot] : slot;
+          if (key < c.sink || key >= end) continue;
+          if (again) {
+            if (seen[key]) continue;
+            seen[key] = 1;
+          }
+          if (key < near) keys.push_back(key);
+        }
+      }
+    }
+    open_keys = keys.size();
+    if (c.window) {
+      // Listed ones are open to all rows; the others, marked by ~, only to rows near enough.
+      for (int64_t key = std::max<int64_t>(near, 0); key < end; ++key) {
+        keys.push_back(seen[key] ? key : ~key);
+      }
+    }
+    if (again) {
+      for (int32_t key : keys) seen[key < 0 ? ~key : key] = 0;
+    }
+  }
+
+  static int64_t place(int32_t key) { return key < 0 ? ~key : key; }
+
+  // Attend up to TILE keys.
+  void attend(const int32_t* key, int n, bool) {
+    bool masked = n % PANEL != 0;
+    for (int t = 0; t < n; ++t) {
+      masked |= key[t] < 0 || key[t] > first_row;
+      position[t] = place(key[t]);
+      reach[t] = key[t] < 0 ? c.window : INT_MAX;
+    }
+    const int width = round_up(n, PANEL);
+    for (int t = n; t < width; ++t) position[t] = INT_MAX, reach[t] = INT_MAX;
+    pack_keys(key, n, width);
+    pack_values(key, n, width);
+    for (int64_t row = 0; row < padded; row += ROWS) {
+      const int used = masked ? reached(row, n) : width;
+      if (used == 0) continue;
+      score(row, round_up(used, PANEL), masked);
+      gather(row, round_up(used, PANEL));
+    }
+  }
+
+  // So many keys of the tile, from its first on, contain all that rows from `row` on may see.
+  int reached(int64_t row, int n) const {
+    int64_t last = 0;
+    for (int64_t r = row; r < std::min(n_rows, row + ROWS); ++r) {
+      last = std::max(last, first_row + r % in_block);
+    }
+    while (n > 0 && position[n - 1] > last) --n;
+    return n;
+  }
+
+  void pack_keys(const int32_t* key, int n, int width) {
+    Words block[LANES];
+    for (int t = 0; t < width; t += LANES) {
+      uint32_t* to = panel.at + t / PANEL * PANEL * q_words + t % PANEL;
+      for (int64_t w = 0; w < q_words; w += LANES) {
+        const int64_t here = std::min<int64_t>(LANES, q_words - w);
+        for (int i = 0; i < LANES; ++i) {
+          block[i] = Words{};
+          if (t + i >= n) continue;
+          const In* row = k + place(key[t + i]) * c.k_row;
+          if (here == LANES && (w + LANES) * PER <= c.dim) {
+            block[i] = wide(row + w * PER);
+          } else {
+            uint32_t part[LANES] = {};
+            words(row + w * PER, std::min<int64_t>(c.dim - w * PER, LANES * PER), part, LANES);
+            block[i] = load<Words>(part);
+          }
+        }
+        transpose(block);
+        for (int64_t i = 0; i < here; ++i) store(to + (w + i) * PANEL, block[i]);
+      }
+    }
+  }
+
+  static Words wide(const float* from) { return load<Words>(from); }
+  static Words wide(const uint16_t* from) {
+    if (PER == 2) return load<Words>(from);
+    return __builtin_convertvector(load<Halves>(from), Words) << 16;
+  }
+
+  void pack_values(const int32_t* key, int n, int width) {
+    const int64_t whole = c.v_dim / LANES * LANES;
+    for (int t = 0; t < width; t += PER) {
+      uint32_t* to = values.at + t / PER * v_words;
+      if (t >= n) {
+        std::memset(to, 0, v_words * 4);
+        continue;
+      }
+      const In* row = v + place(key[t]) * c.v_row;
+      if (PER == 1) {
+        for (int64_t i = 0; i < whole; i += LANES) store(to + i, wide(row + i));
+        if (whole < c.v_dim) words(row + whole, c.v_dim - whole, to + whole, c.v_dim - whole);
+      } else {
+        const In* next = t + 1 < n ? v + place(key[t + 1]) * c.v_row : nullptr;
+        for (int64_t i = 0; i < whole; i += LANES) {
+          Words x = __builtin_convertvector(load<Halves>(row + i), Words);
+          if (next) x |= __builtin_convertvector(load<Halves>(next + i), Words) << 16;
+          store(to + i, x);
+        }
+        for (int64_t i = whole; i < c.v_dim; ++i) {
+          to[i] = static_cast<uint32_t>(row[i]) | (next ? static_cast<uint32_t>(next[i]) << 16 : 0);
+        }
+      }
+    }
+  }
+
+  // Weights of ROWS rows for `width` keys, from the running maximum on; what came before decays.
+  void score(int64_t row, int width, bool masked) {
+    float* s = scores.at + row * TILE;
+    for (int t = 0; t < width; t += PANEL) {
+      Floats x[ROWS][WIDE] = {};
+      multiply<How>(queries.at + row * q_words, q_words, panel.at + int64_t{t} * q_words, PANEL,
+                    q_words, x);
+      for (int r = 0; r < ROWS; ++r) {
+        for (int w = 0; w < WIDE; ++w) {
+          store(s + r * TILE + t + w * LANES, logits(x[r][w]));
+        }
+      }
+    }
+    for (int r = 0; r < ROWS; ++r, s += TILE) {
+      if (masked) mask(s, first_row + (row + r) % in_block, width);
+      Floats most = all(NOTHING);
+      for (int t = 0; t < width; t += LANES) most = larger(most, load<Floats>(s + t));
+      const float higher = std::max(best.at[row + r], largest(most));
+      // A row that has seen nothing yet: the difference of infinities would be NaN.
+      const float base = higher == NOTHING ? 0.f : higher;
+      Floats added = Floats{};
+      for (int t = 0; t < width; t += LANES) {
+        const Floats p = exp2(load<Floats>(s + t) - base);
+        added += p;
+        store(s + t, p);
+      }
+      decay.at[row + r] = best.at[row + r] == NOTHING ? 0.f : std::exp2(best.at[row + r] - base);
+      total.at[row + r] = total.at[row + r] * decay.at[row + r] + sum(added);
+      best.at[row + r] = higher;
+      if (PER == 2) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(weights.at + (row + r) * TILE / PER);
+        narrow(s, width, to);
+      }
+    }
+  }
+
+  static void narrow(const float* from, int n, uint16_t* to) {
+#ifdef __AVX512BF16__
+    for (int t = 0; t < n; t += LANES) {
+      store(to + t, bits<Halves>(_mm512_cvtneps_pbh(bits<__m512>(load<Floats>(from + t)))));
+    }
+#else
+    for (int t = 0; t < n; ++t) to[t] = narrowed(from[t]);
+#endif
+  }
+
+  // In base 2, with the soft cap.
+  Floats logits(Floats x) const {
+    if (c.softcap == 0.f) return x * (c.scale * LOG2E);
+    // cap * tanh(x / cap), with tanh(y) = 1 - 2 / (e^2y + 1); beyond 40 it is 1.
+    const Floats y = larger(all(-40.f), -larger(all(-40.f), -(x * (c.scale / c.softcap))));
+    return (1.f - 2.f / (exp2(y * (2 * LOG2E)) + 1.f)) * (c.softcap * LOG2E);
+  }
+
+  void mask(float* s, int64_t at, int width) const {
+    const Ints row = static_cast<int32_t>(at) - Ints{};
+    for (int t = 0; t < width; t += LANES) {
+      const Ints key = load<Ints>(position + t);
+      const Ints hidden = (key > row) | (row - key >= load<Ints>(reach + t));
+      store(s + t, pick(hidden, all(NOTHING), load<Floats>(s + t)));
+    }
+  }
+
+  // Add the values of `width` keys, weighted.
+  void gather(int64_t row, int width) {
+    const uint32_t* a = PER == 1 ? reinterpret_cast<const uint32_t*>(scores.at + row * TILE)
+                                 : weights.at + row * TILE / PER;
+    for (int64_t column = 0; column < v_words; column += PANEL) {
+      float* to = sums.at + row * v_words + column;
+      Floats x[ROWS][WIDE];
+      for (int r = 0; r < ROWS; ++r) {
+        for (int w = 0; w < WIDE; ++w) {
+          x[r][w] = load<Floats>(to + r * v_words + w * LANES) * decay.at[row + r];
+        }
+      }
+      multiply<How>(a, TILE / PER, values.at + column, v_words, width / PER, x);
+      for (int r = 0; r < ROWS; ++r) {
+        for (int w = 0; w < WIDE; ++w) store(to + r * v_words + w * LANES, x[r][w]);
+      }
+    }
+  }
+
+  void write(int64_t head, int64_t end, int64_t block) const {
+    for (int64_t h = head, row = 0; h < end; ++h) {
+      for (int64_t i = 0; i < in_block; ++i, ++row) {
+        const int64_t at = block * c.block + i;
+        In* to = static_cast<In*>(c.out) + h * c.out_head + at * c.out_row;
+        const float inverse = total.at[row] == 0.f ? 0.f : 1.f / total.at[row];
+        const float* from = sums.at + row * v_words;
+        for (int64_t j = 0; j < c.v_dim; ++j) put(to + j, from[j] * inverse);
+        c.lse[h * c.q_len + at] = (best.at[row] + std::log2(total.at[row])) * LN2;
+      }
+    }
+  }
+  static void put(float* to, float x) { *to = x; }
+  static void put(uint16_t* to, float x) { *to = narrowed(x); }
+
+  const Call& c;
+  const int64_t q_words, v_words, rows_room;
+  Aligned<uint32_t> queries, panel, values;
+  Aligned<float> scores;
+  Aligned<uint32_t> weights;
+  Aligned<float> sums, best, total, decay;
+  std::vector<uint8_t> seen;
+  std::vector<int32_t> keys;
+  size_t open_keys = 0;
+  int32_t position[TILE], reach[TILE];
+  const In *k = nullptr, *v = nullptr;
+  int64_t first_row = 0, in_block = 0, n_rows = 0, padded = 0;
+};
+
+template <class How>
+void run(const Call& call) {
+  const int64_t group = call.heads / call.units;
+  const int64_t at_once = std::max<int64_t>(1, std::min(group, MOST_ROWS / call.block));
+  const int64_t parts = (group + at_once - 1) / at_once;
+  const int64_t tasks = call.units * parts * call.n_blocks;
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    Worker<How> worker(call, at_once * call.block);
+    for (int64_t task; (task = next++) < tasks;) {
+      // Later blocks see more keys: first, so that no long one is left at the end.
+      const int64_t block = call.n_blocks - 1 - task / (call.units * parts);
+      const int64_t unit = task / parts % call.units, part = task % parts;
+      const int64_t head = unit * group + part * at_once;
+      worker.run(head, std::min((unit + 1) * group, head + at_once), block);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < std::min<int64_t>(call.threads, tasks); ++i) others.emplace_back(work);
+  work();
+  for (auto& thread : others) thread.join();
+}
+
+}  // namespace
+
+extern "C" int sparse_patch_attention(const Call* call) {
+  try {
+    if (!call->bfloat16) {
+      run<Single<float>>(*call);
+    } else {
+#ifdef __AVX512BF16__
+      run<Pair>(*call);
+#else
+      run<Single<uint16_t>>(*call);
+#endif
+    }
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
