@@ -1,7 +1,8 @@
 """The CPU backend: gather a query block's kept keys, then run real matrix products on them.
 
 Work and memory follow the kept keys; nothing of size q_len x kv_len is ever built, and KV heads are
-never repeated. Two ways through:
+never repeated. `cpu_native`, a compiled kernel, does all of it where a compiler is at hand. Where
+none is, and for float64, PyTorch does, in one of two ways:
 
 * `_aligned`, for block lists on the diagonal grid (most methods): the diagonal blocks run as one
   batch of causal calls, and all else needs no mask. Both use PyTorch's own fused CPU kernel, which
@@ -10,8 +11,8 @@ never repeated. Two ways through:
 
 Pooled runs are computed apart, by `cpu_pooled`, and joined the same way.
 
-bf16 and fp16 inputs are multiplied in float32: most CPUs have no faster way, and the logits keep
-their precision.
+PyTorch multiplies bf16 and fp16 inputs in float32; the compiled kernel multiplies bf16 as such where
+the CPU can (AVX512-BF16).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from .cpu_fused import attend_blocks, fused, join, pad_to
 from .cpu_general import attend_any
+from .cpu_native import DTYPES, attend
 from .cpu_pooled import attend_pooled
 from .plan import BlockPlan
 
@@ -45,14 +47,20 @@ def block_sparse_attention(
     tokens = plan
     if pooled:
         tokens = dataclasses.replace(plan, runs=tuple(r for r in plan.runs if r.pool == 1))
-    # The fused kernel caps no logits.
-    aligned = softcap is None and _is_aligned(tokens)
-    # The fused kernel reads rows of neighbouring elements and does not check.
-    q, k, v = (x.to(acc) if x.stride(-1) == 1 else x.to(acc).contiguous() for x in (q, k, v))
-    if aligned:
-        out, lse = _aligned(q, k, v, tokens, scale)
-    else:
-        out, lse = attend_any(q, k, v, tokens, scale, softcap)
+    if dtype not in DTYPES:
+        q, k, v = (x.to(acc) for x in (q, k, v))
+    # Kernels read rows of neighbouring elements.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    done = attend(q, k, v, tokens, scale, softcap) if q.dtype in DTYPES else None
+    if pooled or done is None:
+        q, k, v = (x.to(acc) for x in (q, k, v))
+    if done is None:
+        # The fused kernel caps no logits.
+        way = _aligned if softcap is None and _is_aligned(tokens) else None
+        done = way(q, k, v, tokens, scale) if way else attend_any(q, k, v, tokens, scale, softcap)
+    out, lse = done
+    if pooled or sinks is not None:
+        out = out.to(acc)
     for run in pooled:
         lse = join(out, lse, *attend_pooled(q, k, v, plan, run, scale, softcap))
     if sinks is not None:

@@ -18,7 +18,7 @@
 #include <thread>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -65,7 +65,15 @@ inline Floats all(float x) { return x - Floats{}; }
 inline Floats pick(Ints where, Floats yes, Floats no) {
   return bits<Floats>((bits<Ints>(yes) & where) | (bits<Ints>(no) & ~where));
 }
-inline Floats larger(Floats a, Floats b) { return pick(a > b, a, b); }
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return bits<Floats>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
+#elif defined(__AVX__)
+  return bits<Floats>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b)));
+#else
+  return pick(a > b, a, b);
+#endif
+}
 inline float sum(Floats x) {
   float total = 0;
   for (int i = 0; i < LANES; ++i) total += x[i];
@@ -77,11 +85,11 @@ inline float largest(Floats x) {
   return most;
 }
 
-// 2^x for x up to 127, to 8e-8 of itself before rounding; 0 below -126. A minimax polynomial.
+// 2^x for x up to 127, to 8e-8 of itself before rounding; as good as 0 below -126. A minimax
+// polynomial.
 inline Floats exp2(Floats x) {
   const Floats magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Ints tiny = x < all(-126.f);
-  x = pick(tiny, all(0.f), x);
+  x = larger(x, all(-126.f));
   const Floats whole = x + magic;
   const Floats f = x - (whole - magic);
   Floats p = f * 1.327679577e-3f + 9.675544463e-3f;
@@ -89,7 +97,7 @@ inline Floats exp2(Floats x) {
   p = p * f + 2.402211965e-1f;
   p = p * f + 6.931469677e-1f;
   p = p * f + 1.f;
-  return bits<Floats>((bits<Ints>(p) + (bits<Ints>(whole) << 23)) & ~tiny);
+  return bits<Floats>(bits<Ints>(p) + (bits<Ints>(whole) << 23));
 }
 
 inline float widened(uint16_t x) { return bits<float>(uint32_t{x} << 16); }
@@ -136,19 +144,22 @@ inline void words_of(const float* row, int n, uint32_t* to) {
 }
 
 // LANES rows of LANES words, transposed in place.
+template <int STEP = 1>
 inline void transpose(Words (&x)[LANES]) {
-  for (int step = 1; step < LANES; step *= 2) {
-    Words low, high;  // lanes of the first of two rows, then of the second (numbered from LANES on)
+  if constexpr (STEP < LANES) {
+    Words low{}, high{};  // lanes of the first of two rows, then of the second (from LANES on)
     for (int i = 0; i < LANES; ++i) {
-      low[i] = i & step ? LANES + i - step : i;
-      high[i] = i & step ? LANES + i : i + step;
+      low[i] = i & STEP ? LANES + i - STEP : i;
+      high[i] = i & STEP ? LANES + i : i + STEP;
     }
+#pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) {
-      if (i & step) continue;
-      const Words a = x[i], b = x[i + step];
+      if (i & STEP) continue;
+      const Words a = x[i], b = x[i + STEP];
       x[i] = __builtin_shuffle(a, b, low);
-      x[i + step] = __builtin_shuffle(a, b, high);
+      x[i + STEP] = __builtin_shuffle(a, b, high);
     }
+    transpose<2 * STEP>(x);
   }
 }
 
@@ -403,13 +414,15 @@ class Worker {
   // Weights of ROWS rows for `width` keys, from the running maximum on; what came before decays.
   void score(int64_t row, int width, bool masked) {
     float* s = scores.at + row * TILE;
+    // Of a product as it is, in base 2. The largest product is the largest score: scale is positive.
+    const float unit = c.softcap == 0.f ? c.scale * LOG2E : 1.f;
     for (int t = 0; t < width; t += PANEL) {
       Floats x[ROWS][WIDE] = {};
       multiply<How>(queries.at + row * q_words, q_words, panel.at + int64_t{t} * q_words, PANEL,
                     q_words, x);
       for (int r = 0; r < ROWS; ++r) {
         for (int w = 0; w < WIDE; ++w) {
-          store(s + r * TILE + t + w * LANES, logits(x[r][w]));
+          store(s + r * TILE + t + w * LANES, c.softcap == 0.f ? x[r][w] : capped(x[r][w]));
         }
       }
     }
@@ -417,16 +430,16 @@ class Worker {
       if (masked) mask(s, first_row + (row + r) % in_block, width);
       Floats most = all(NOTHING);
       for (int t = 0; t < width; t += LANES) most = larger(most, load<Floats>(s + t));
-      const float higher = std::max(best.at[row + r], largest(most));
+      const float higher = std::max(best.at[row + r], largest(most) * unit);
       // A row that has seen nothing yet: the difference of infinities would be NaN.
-      const float base = higher == NOTHING ? 0.f : higher;
+      const bool blind = higher == NOTHING;
       Floats added = Floats{};
       for (int t = 0; t < width; t += LANES) {
-        const Floats p = exp2(load<Floats>(s + t) - base);
+        const Floats p = blind ? Floats{} : exp2(load<Floats>(s + t) * unit - higher);
         added += p;
         store(s + t, p);
       }
-      decay.at[row + r] = best.at[row + r] == NOTHING ? 0.f : std::exp2(best.at[row + r] - base);
+      decay.at[row + r] = blind ? 0.f : std::exp2(best.at[row + r] - higher);
       total.at[row + r] = total.at[row + r] * decay.at[row + r] + sum(added);
       best.at[row + r] = higher;
       if (PER == 2) {
@@ -446,9 +459,8 @@ class Worker {
 #endif
   }
 
-  // In base 2, with the soft cap.
-  Floats logits(Floats x) const {
-    if (c.softcap == 0.f) return x * (c.scale * LOG2E);
+  // With the soft cap, in base 2.
+  Floats capped(Floats x) const {
     // cap * tanh(x / cap), with tanh(y) = 1 - 2 / (e^2y + 1); beyond 40 it is 1.
     const Floats y = larger(all(-40.f), -larger(all(-40.f), -(x * (c.scale / c.softcap))));
     return (1.f - 2.f / (exp2(y * (2 * LOG2E)) + 1.f)) * (c.softcap * LOG2E);

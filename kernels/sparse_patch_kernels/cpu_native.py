@@ -1,0 +1,180 @@
+"""The compiled kernel of the CPU backend: C++, built once per machine with the system's compiler.
+
+The source ships with the package. The first call compiles it for this very CPU, which takes a few
+seconds, into the cache folder (`$SPARSE_PATCH_CACHE`, else `~/.cache/sparse-patch`); later processes
+load it from there. Where there is no compiler, the PyTorch backend does the work and a warning says
+so once; `SPARSE_PATCH_COMPILE=0` chooses that without a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import BlockPlan
+
+SOURCE = Path(__file__).parent / "native" / "attention.cpp"
+DTYPES = (torch.float32, torch.bfloat16)
+_COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-shared", "-pthread")
+
+
+class NoCompiler(RuntimeError):
+    """The kernel cannot be built here; the message says why."""
+
+
+class _Runs(Structure):
+    """As in attention.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("start", "count")),
+        *((name, c_int64) for name in ("lists", "counts", "listed", "width")),
+    )
+
+
+class _Call(Structure):
+    """As in attention.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "lse")),
+        *((f"{name}_{what}", c_int64) for name in ("q", "k", "v", "out") for what in ("head", "row")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "q_len", "kv_len", "dim", "v_dim")),
+        *((name, c_int64) for name in ("block", "n_blocks", "sink", "window", "units")),
+        ("order", c_void_p),
+        ("orders", c_int64),
+        ("runs", POINTER(_Runs)),
+        ("n_runs", c_int64),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("threads", c_int32),
+        ("bfloat16", c_int32),
+    )
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Same contract as `reference.block_sparse_attention`; None where the kernel is not to be had.
+
+    Args:
+        q, k, v: float32 or bfloat16, the last dimension contiguous.
+        plan: without pooled runs.
+    """
+    kernel = _kernel()
+    if kernel is None:
+        return None
+    (heads, q_len, dim), (kv_heads, kv_len, v_dim) = q.shape, v.shape
+    out = q.new_empty(q_len, heads, v_dim).transpose(0, 1)
+    lse = torch.empty(heads, q_len)
+    lists = [(run.start.contiguous(), run.count.contiguous(), run.width) for run in plan.runs]
+    runs = (_Runs * len(lists))(
+        *(
+            _Runs(
+                start.data_ptr(), count.data_ptr(), len(start), len(count), start.shape[2], width
+            )
+            for start, count, width in lists
+        )
+    )
+    order = None if plan.key_order is None else plan.key_order.to(torch.int32).contiguous()
+    shared = [n for start, count, _ in lists for n in (len(start), len(count))]
+    # A unit is a set of neighbouring query heads with one list and one KV head.
+    units = math.lcm(kv_heads, *shared, 1 if order is None else len(order))
+    call = _Call(
+        *(x.data_ptr() for x in (q, k, v, out, lse)),
+        *(x.stride(i) for x in (q, k, v, out) for i in (0, 1)),
+        *(heads, kv_heads, q_len, kv_len, dim, v_dim),
+        *(plan.block_q, plan.n_q_blocks, plan.sink, plan.window, units),
+        None if order is None else order.data_ptr(),
+        0 if order is None else len(order),
+        runs,
+        len(lists),
+        scale,
+        softcap or 0.0,
+        torch.get_num_threads(),
+        q.dtype == torch.bfloat16,
+    )
+    if kernel(ctypes.byref(call)):
+        raise MemoryError("block-sparse attention: no memory for a tile of keys")
+    return out, lse
+
+
+@functools.lru_cache(None)
+def _kernel() -> Any:
+    """The C function, compiled if need be; None where that is not possible or not wanted."""
+    if os.environ.get("SPARSE_PATCH_COMPILE") == "0":
+        return None
+    try:
+        kernel = ctypes.CDLL(str(build())).sparse_patch_attention
+    except (NoCompiler, OSError) as error:
+        warnings.warn(
+            f"sparse_patch: the CPU backend runs without its compiled kernel, several times slower: "
+            f"{error}. Install a C++ compiler (g++ or clang++), or set SPARSE_PATCH_COMPILE=0 to "
+            "leave it at that.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
+    kernel.argtypes, kernel.restype = [POINTER(_Call)], ctypes.c_int
+    return kernel
+
+
+def build() -> Path:
+    """The kernel as a shared library, from the cache or compiled into it.
+
+    Raises:
+        NoCompiler: no compiler is there, or it fails.
+        OSError: the cache folder cannot be written.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
+    if compiler is None:
+        raise NoCompiler(f"no {', '.join(_COMPILERS)} on PATH")
+    command = [*compiler.split(), *_FLAGS]
+    folder = Path(os.environ.get("SPARSE_PATCH_CACHE") or "~/.cache/sparse-patch").expanduser()
+    library = folder / "kernels" / f"attention-{_fingerprint(command)}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        _compile(command, library)
+    return library
+
+
+def _fingerprint(command: Sequence[str]) -> str:
+    """Differs where the library would: source, compiler and its flags, and the CPU."""
+    parts = [SOURCE.read_text(), *command, platform.platform(), platform.machine()]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        about = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60)
+        parts.append(about.stdout)
+    with contextlib.suppress(OSError):  # Linux; a home folder may be shared by unlike machines
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        parts += sorted({line for line in lines if line.startswith(("flags", "Features", "model"))})
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(command: Sequence[str], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        new = Path(scratch) / library.name
+        try:
+            done = subprocess.run(
+                [*command, "-o", str(new), str(SOURCE)], capture_output=True, text=True, timeout=600
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise NoCompiler(f"{command[0]} does not run: {error}") from error
+        if done.returncode:
+            raise NoCompiler(f"{command[0]} fails: {done.stderr.strip()[-500:]}")
+        # All at once: another process may be about to load it.
+        new.replace(library)
