@@ -44,7 +44,9 @@ REASONS: dict[str, str | None] = {
     "not causal": "this layer attends to the future",
     "dropout": "attention dropout is on",
     "non-finite": "q or k holds NaN or infinity; the model or its input is broken",
-    "no backend": "no sparse backend runs on this device yet",
+    "no backend": (
+        "no sparse backend runs on this device; on a GPU, Linux, pip install 'sparse-patch[triton]'"
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from sparse_patch_kernels.dispatch import has_kernel
 from torch import Tensor
 
 # Largest matrix of probabilities a probe holds at a time, in elements (128 MiB in float32).
@@ -17,6 +18,7 @@ PROBE_ELEMENTS = 1 << 25
 TILE_ELEMENTS = 1 << 22
 
 
+@has_kernel("pooling")
 def pool_mean(x: Tensor, block: int, offset: int = 0) -> Tensor:
     """Mean of each block of rows, float32: `[heads, n, dim]` -> `[heads, blocks, dim]`.
 
@@ -51,6 +53,7 @@ def pool_sum(x: Tensor, block: int) -> Tensor:
     return x.reshape(*x.shape[:-1], -1, block).sum(-1)
 
 
+@has_kernel("probe")
 def probe_lines(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of a few last queries, summed along its vertical and its slash lines.
 
@@ -95,6 +98,24 @@ def _probe_lines_of(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]
     return probs.sum(1) / n_probe, by_distance.sum(1) / n_probe
 
 
+@has_kernel("probe")
+def key_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Mean attention of a few queries to each key, none masked: float32 `[heads, kv_len]`.
+
+    Args:
+        q: `[heads, n, dim]`.
+        k: `[kv_heads, kv_len, dim]`.
+    """
+    _, n, dim = q.shape
+    kv_heads, kv_len, _ = k.shape
+    step = max(1, PROBE_ELEMENTS // (n * kv_len))
+    parts = []
+    for kv_head, group in enumerate((q.float() * scale).reshape(kv_heads, -1, n, dim)):
+        keys = k[kv_head].float().T
+        parts += [(some @ keys).softmax(-1).mean(1) for some in group.split(step)]
+    return torch.cat(parts)
+
+
 def probe_mass(q: Tensor, k: Tensor, scale: float, block: int) -> Tensor:
     """True attention mass of each key block, seen by a few last queries, mean over them.
 
@@ -108,6 +129,7 @@ def probe_mass(q: Tensor, k: Tensor, scale: float, block: int) -> Tensor:
     return pool_sum(probe_lines(q, k, scale)[0], block)
 
 
+@has_kernel("token_scores")
 def token_scores(
     q: Tensor,
     k: Tensor,
@@ -212,6 +234,7 @@ def _tiles(
         yield first, block_of[mine] - first, logits
 
 
+@has_kernel("token_scores")
 def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, *, block: int, stride: int) -> Tensor:
     """Log of the attention mass of each block pair, from sums along antidiagonals (XAttention).
 

@@ -490,7 +490,10 @@ def test_models_that_cannot_be_patched_are_refused_untouched(family, message):
         ({"method": sparse_patch.get_method("dense"), "gamma": 1}, ValueError, r"\['gamma'\]"),
     ],
 )
-def test_bad_arguments_are_named_before_anything_changes(llama, options, error, message):
+def test_bad_arguments_are_named_before_anything_changes(
+    llama, options, error, message, monkeypatch
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = {"method": "flexprefill", **options}
     with pytest.raises(error, match=message):
         sparse_patch.patch(llama, **options)

@@ -7,6 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .dispatch import has_kernel
+
+
+@has_kernel("compaction")
+def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row of a mask is true.
+
+    Args:
+        mask: bool `[lists, rows, n]`.
+
+    Returns:
+        int32 `[lists, rows, m]`, the marked entries of each row, ascending, then padding from
+        `[0, n)`; and int32 `[lists, rows]`, how many there are. `m` is at most `n` and no less
+        than the largest count.
+    """
+    count = mask.sum(-1, dtype=torch.int32)
+    # A stable sort by "not marked" puts the marked ones first and keeps them ascending.
+    index = mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+    return index[..., : max(1, int(count.max()))].to(torch.int32), count
+
 
 @dataclass(frozen=True, eq=False)
 class RunList:
@@ -62,11 +82,8 @@ class RunList:
             mask: bool `[lists, n_q_blocks, n_runs]`.
             width, pool: see the class.
         """
-        count = mask.sum(-1, dtype=torch.int32)
-        # A stable sort by "not kept" puts the kept runs first and keeps them ascending.
-        index = mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
-        index = index[..., : max(1, int(count.max()))]
-        return cls((index * width).to(torch.int32), count, width, pool)
+        index, count = compact(mask)
+        return cls(index.mul_(width), count, width, pool)
 
     @property
     def heads(self) -> int:

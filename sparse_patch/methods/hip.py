@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan, RunList
+from sparse_patch_kernels.dispatch import has_kernel
 from torch import Tensor
 
 from ..registry import Method, check_sequence, param, register
@@ -93,37 +94,7 @@ class Hip(Method):
 
     def _search(self, q: Tensor, k: Tensor, scale: float) -> RunList:
         """The leaves that each head and query block keeps."""
-        heads, q_len, dim = q.shape
-        group, q_offset, device = heads // k.shape[0], k.shape[1] - q_len, q.device
-        keep = -(-self.mask_k // self.block_k)
-        chunks = keep * self.beam_factor
-        n_leaves = self._leaf_counts(q_len, q_offset)
-        leaves = torch.arange(keep, device=device, dtype=torch.int32)
-        leaves = leaves.repeat(heads, len(n_leaves), 1)
-        count = n_leaves.clamp(max=keep).to(device, torch.int32).repeat(heads, 1)
-        # A view: leaf i of KV head h is keys[h, i].
-        keys = k[:, self.sink : self.sink + int(n_leaves.max()) * self.block_k]
-        keys = keys.view(k.shape[0], -1, self.block_k, dim)[:, :, :: self.stride_k]
-        rows = self._sampled_rows(q_len).to(device)
-        # So many pairs of a query block and a head at a time that their gathered keys fit a tile.
-        step = max(1, TILE_ELEMENTS // (2 * chunks * keys.shape[2] * dim))
-        for rounds, blocks in self._by_rounds(n_leaves, keep, chunks):
-            for part in torch.split(torch.cartesian_prod(blocks, torch.arange(heads)), step):
-                n = n_leaves[part[:, 0]]
-                width = chunks
-                if rounds == 1 and self.init == "floor":  # scores every leaf: two a chunk will do
-                    width = min(chunks, -(-int(n.max()) // 2))
-                edges = self._edges(n, width).to(device)
-                block, head = part.to(device).unbind(1)
-                row = rows[block]
-                score = _LeafScorer(
-                    self,
-                    q[head[:, None], row].float() * scale,
-                    row + q_offset - self.window if self.row_causal else None,
-                    keys,
-                    (head // group)[:, None],
-                )
-                leaves[head, block], count[head, block] = self._descend(score, edges, rounds, keep)
+        leaves, count = search_leaves(q, k, scale, self)
         return RunList(self.sink + leaves * self.block_k, count, self.block_k)
 
     def _leaf_counts(self, q_len: int, q_offset: int) -> Tensor:
@@ -183,6 +154,52 @@ class Hip(Method):
         # Aligned chunks may leave too few: what is empty goes to the end.
         order = (size == 0).to(torch.uint8).argsort(dim=-1, stable=True)
         return start.gather(1, order).int(), size.sum(-1, dtype=torch.int32)
+
+
+@has_kernel("tree_search")
+def search_leaves(q: Tensor, k: Tensor, scale: float, tree: Hip) -> tuple[Tensor, Tensor]:
+    """The leaves that each head and query block keeps, counted from the sink.
+
+    Args:
+        q: `[heads, q_len, dim]`, the last rows of the sequence.
+        k: `[kv_heads, kv_len, dim]`.
+        tree: how to search.
+
+    Returns:
+        int32 `[heads, blocks, ceil(mask_k / block_k)]`, ascending, and `[heads, blocks]`, how many
+        of them hold; the rest is padding.
+    """
+    heads, q_len, dim = q.shape
+    group, q_offset, device = heads // k.shape[0], k.shape[1] - q_len, q.device
+    keep = -(-tree.mask_k // tree.block_k)
+    chunks = keep * tree.beam_factor
+    n_leaves = tree._leaf_counts(q_len, q_offset)
+    leaves = torch.arange(keep, device=device, dtype=torch.int32).repeat(heads, len(n_leaves), 1)
+    count = n_leaves.clamp(max=keep).to(device, torch.int32).repeat(heads, 1)
+    # A view: leaf i of KV head h is keys[h, i].
+    keys = k[:, tree.sink : tree.sink + int(n_leaves.max()) * tree.block_k]
+    keys = keys.view(k.shape[0], -1, tree.block_k, dim)[:, :, :: tree.stride_k]
+    rows = tree._sampled_rows(q_len).to(device)
+    # So many pairs of a query block and a head at a time that their gathered keys fit a tile.
+    step = max(1, TILE_ELEMENTS // (2 * chunks * keys.shape[2] * dim))
+    for rounds, blocks in tree._by_rounds(n_leaves, keep, chunks):
+        for part in torch.split(torch.cartesian_prod(blocks, torch.arange(heads)), step):
+            n = n_leaves[part[:, 0]]
+            width = chunks
+            if rounds == 1 and tree.init == "floor":  # scores every leaf: two a chunk will do
+                width = min(chunks, -(-int(n.max()) // 2))
+            edges = tree._edges(n, width).to(device)
+            block, head = part.to(device).unbind(1)
+            row = rows[block]
+            score = _LeafScorer(
+                tree,
+                q[head[:, None], row].float() * scale,
+                row + q_offset - tree.window if tree.row_causal else None,
+                keys,
+                (head // group)[:, None],
+            )
+            leaves[head, block], count[head, block] = tree._descend(score, edges, rounds, keep)
+    return leaves, count
 
 
 @dataclass(frozen=True)

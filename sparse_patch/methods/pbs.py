@@ -35,6 +35,7 @@ from .. import scoring
 from ..block_scorer import per_head
 from ..registry import Method, check_sequence, param, register
 from ..selection import mass_of, to_query_grid
+from .proxyattn import proxy_heads
 
 
 def _mean_pool(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
@@ -144,9 +145,9 @@ class PBS(Method):
         """int64 `[heads or kv_heads, kv_len]`: the key in each slot, from the last queries `q`."""
         kv_heads, kv_len, _ = k.shape
         if self.share == "group":
-            q = q.float().reshape(kv_heads, -1, *q.shape[1:]).mean(1)
+            q = proxy_heads(q, kv_heads)
         whole = kv_len // self.segment * self.segment
-        score = key_scores(q, k[:, :whole], scale).view(len(q), -1, self.segment)
+        score = scoring.key_scores(q, k[:, :whole], scale).view(len(q), -1, self.segment)
         order = score.argsort(dim=-1, descending=True, stable=True)
         slot = torch.arange(kv_len, device=q.device)
         order += slot[: whole : self.segment, None]
@@ -177,20 +178,3 @@ class PBS(Method):
         filled = F.pad(order, (0, -order.shape[1] % self.block_size), value=order.shape[1])
         earliest = filled.view(len(order), -1, self.block_size).amin(-1)
         return earliest[:, None] <= last_row[:, None]
-
-
-def key_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Mean attention of a few queries to each key, none masked: float32 `[heads, kv_len]`.
-
-    Args:
-        q: `[heads, n, dim]`.
-        k: `[kv_heads, kv_len, dim]`.
-    """
-    _, n, dim = q.shape
-    kv_heads, kv_len, _ = k.shape
-    step = max(1, scoring.PROBE_ELEMENTS // (n * kv_len))
-    parts = []
-    for kv_head, group in enumerate((q.float() * scale).reshape(kv_heads, -1, n, dim)):
-        keys = k[kv_head].float().T
-        parts += [(some @ keys).softmax(-1).mean(1) for some in group.split(step)]
-    return torch.cat(parts)

@@ -76,7 +76,6 @@ class ProxyAttn(BlockScorer):
 
     def block_scores(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> Tensor:
         proxies = self.n_proxy or k.shape[0]
-        # Only sampled positions are averaged, so averaging costs as little as scoring.
         return token_scores(
             proxy_heads(q, proxies),
             proxy_heads(k, proxies),
@@ -99,5 +98,9 @@ class ProxyAttn(BlockScorer):
 
 
 def proxy_heads(x: Tensor, proxies: int) -> Tensor:
-    """Mean of each of `proxies` groups of neighbouring heads, float32: `[proxies, n, dim]`."""
-    return x.float().reshape(proxies, -1, *x.shape[1:]).mean(1)
+    """Mean of each of `proxies` groups of neighbouring heads, in x's dtype: `[proxies, n, dim]`.
+
+    Rounded like the heads that it stands for: tensor cores, which score it, take no float32.
+    """
+    grouped = x.reshape(proxies, -1, *x.shape[1:])
+    return grouped.mean(1, dtype=torch.float32).to(x.dtype)

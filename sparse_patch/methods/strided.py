@@ -87,7 +87,7 @@ class Strided(BlockScorer):
             q = proxy_heads(q, k.shape[0])
         return token_scores(
             q,
-            k.to(q.dtype),
+            k,
             scale,
             block=self.block_size,
             block_k=self.block_k,

@@ -12,6 +12,7 @@ from tests.kernels.test_backends import SHAPES, assert_same, inputs, more_logits
 forward = require_interpreter("forward")
 layout = require_interpreter("layout")
 launch = require_interpreter("launch")
+tiles = require_interpreter("tiles")
 
 # The interpreter takes a log of 0 for a row that sees nothing, as the GPU does in silence.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -194,9 +195,9 @@ def test_a_launch_is_recorded_and_reads_nothing():
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 192, 256, 512])
-@pytest.mark.parametrize("kib", [64, 99, 163, 227])
-def test_some_configuration_fits_every_chip(dim, kib):
-    columns = 2 * sum(layout.split(dim))
+@pytest.mark.parametrize("chip", [("hip", 64), ("cuda", 99), ("cuda", 163), ("cuda", 227)])
+def test_some_configuration_fits_every_chip(dim, chip):
+    columns = 2 * sum(tiles.split_dim(dim))
     for itemsize in (2,) if dim > 256 else (2, 4):
         rows = forward.most_rows(columns, itemsize)
-        assert forward.configs(rows, columns, itemsize, launch.Chip("cuda", kib * 1024))
+        assert forward.configs(rows, columns, itemsize, launch.Chip(chip[0], chip[1] * 1024))

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..plan import BlockPlan
 from .launch import Chip, chip_of, launch
-from .layout import KeyList, Tiling, block_table, check_form, key_lists, schedule, split
+from .layout import KeyList, Tiling, block_table, check_form, key_lists, schedule
+from .tiles import split_dim
 
 LOG2E = math.log2(math.e)
 # Offsets from here on take 64 bits; 32 take half the registers.
@@ -427,7 +428,7 @@ def attend_packed(
     plan = plans[0]
     lists = key_lists(k, v, plans)
     table = block_table(plans, lists, q.device)
-    (d0, d1), (v0, v1) = split(dim), split(v_dim)
+    (d0, d1), (v0, v1) = split_dim(dim), split_dim(v_dim)
     columns = d0 + d1 + v0 + v1
     shared = math.gcd(heads // kv_heads, *(heads // one.heads for one in plans))
     tiling = Tiling.of(plan.block_q, shared, most_rows(columns, q.itemsize))
@@ -520,9 +521,10 @@ def _list_arguments(lists: Sequence[KeyList], table: Tensor) -> dict[str, Any]:
 def most_rows(columns: int, itemsize: int) -> int:
     """Rows of a tile: 128 in 16 bits at a head_dim of 128, fewer of wider heads.
 
-    That fills the registers with accumulators, and the queries take 32 KiB.
+    That fills the registers with accumulators, and the queries take 32 KiB. Products of float32 run
+    outside of the tensor cores and need registers for both factors too.
     """
-    rows = min(128, 65536 // (columns * itemsize))
+    rows = min(128 if itemsize == 2 else 32, 65536 // (columns * itemsize))
     return max(16, 1 << rows.bit_length() - 1)
 
 
@@ -535,12 +537,27 @@ def configs(rows: int, columns: int, itemsize: int, chip: Chip) -> tuple[triton.
         itemsize: bytes a number.
     """
     warps = 8 if rows >= 128 or columns > 256 else 4
+    # Wide tiles share the overhead of a step between more keys; more stages hide more latency.
+    # 128 keys spill at a head_dim of 128 with 8 warps, and 4 warps spill at 128 rows.
     tries = [(64, warps, 3), (64, warps, 2), (32, warps, 3), (32, warps, 2), (16, warps, 1)]
+    if chip.backend == "hip":
+        tries = [(64, warps, 2), (32, warps, 2), (16, warps, 1)]
+    if itemsize > 2:
+        tries = [(16, 8, 2), (16, 8, 1)]  # 32 keys spill on sm_90
     fits = [
-        (n, w, stages)
-        for n, w, stages in tries
-        if (stages * n * columns + rows * columns // 2) * itemsize <= chip.shared_bytes
+        one for one in tries if _shared(one, rows, columns, chip) * itemsize <= chip.shared_bytes
     ]
     return tuple(
         triton.Config({"BLOCK_N": n}, num_warps=w, num_stages=stages) for n, w, stages in fits
     )
+
+
+def _shared(config: tuple[int, int, int], rows: int, columns: int, chip: Chip) -> int:
+    """Numbers in shared memory, at most: keys and values of each stage, and queries or weights.
+
+    Read off compiled kernels; scripts/compile_kernels.py fails where it is too little.
+    """
+    n, _, stages = config
+    if chip.backend == "hip":
+        return (stages - 1) * n * columns + rows * n
+    return stages * n * columns + rows * columns // 2

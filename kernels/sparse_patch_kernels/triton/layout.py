@@ -14,20 +14,7 @@ from torch import Tensor
 
 from ..plan import BlockPlan
 from ..runs import RunList
-
-
-def split(dim: int) -> tuple[int, int]:
-    """Two powers of two, 16 or more, that a head dimension fits in; the second is 0 where one does.
-
-    Triton's tiles are powers of two: 80 as 64 + 16 wastes nothing, as 128 it would waste three
-    eighths of every product.
-    """
-    whole = max(16, 1 << (dim - 1).bit_length())
-    first = whole // 2
-    if first < 16 or first >= dim:
-        return whole, 0
-    rest = max(16, 1 << (dim - first - 1).bit_length())
-    return (first, rest) if first + rest < whole else (whole, 0)
+from .tiles import power_of_two
 
 
 @dataclass(frozen=True)
@@ -49,9 +36,9 @@ class Tiling:
     @classmethod
     def of(cls, block_q: int, shared: int, most: int) -> Tiling:
         """Tiles of at most `most` rows, for heads of which each `shared` have lists in common."""
-        sub_rows = min(most, 1 << (block_q - 1).bit_length())
+        sub_rows = power_of_two(block_q, most=most)
         pack = max(n for n in range(1, shared + 1) if shared % n == 0 and n * sub_rows <= most)
-        rows = max(16, 1 << (sub_rows * pack - 1).bit_length())
+        rows = power_of_two(sub_rows * pack, 16)
         return cls(sub_rows, -(-block_q // sub_rows), pack, rows)
 
 
