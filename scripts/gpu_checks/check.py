@@ -87,7 +87,7 @@ def _run(
     parts = 1
     if stage == "parity":
         most = (TOY if options.dry_run else FULL).parity_processes
-        parts = max(2, min(most, (os.cpu_count() or 1) - 1))
+        parts = max(1, min(most, (os.cpu_count() or 1) - 1))
     command = [sys.executable, str(Path(__file__).parents[1] / "gpu_check.py"), "--stage", stage]
     command += ["--rows", str(rows), "--deadline", str(deadline)]
     command += ["--dry-run"] if options.dry_run else []

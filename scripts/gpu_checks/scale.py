@@ -16,7 +16,7 @@ class Scale:
         on_gpu: run on the GPU; else on the CPU, in Triton's interpreter.
         dtype: of what is timed.
         dtypes: of what is compared, the most important first.
-        thinned: of the cases, every so many in the dtypes after the first.
+        thinned: of the cases and calls, every so many in the dtypes after the first.
         heads, kv_heads, dim, block: of what is timed.
         tokens: length of what is compared.
         dims: head dimensions compared beside `dim`, of keys and of values.
@@ -86,29 +86,29 @@ TOY = Scale(
     on_gpu=False,
     dtype=torch.float16,
     dtypes=(torch.float32, torch.float16),
-    thinned=6,
+    thinned=12,
     heads=2,
     kv_heads=1,
     dim=16,
     block=16,
-    tokens=48,
+    tokens=32,
     dims=((80, 80), (24, 16)),
-    lengths=(64, 48),
+    lengths=(48, 32),
     densities=(0.25, 0.5),
     rounds=1,
     layers=1,
     hidden=32,
     intermediate=48,
     vocabulary=50,
-    prefills=(48, 64),
+    prefills=(48, 32),
     target=48,
     prefill_target=48,
-    parity_processes=2,
+    parity_processes=1,
     methods={
         "flexprefill": {"block_size": 16, "min_budget": 16, "gamma": 0.3},
         "proxyattn": {"block_size": 16, "min_budget": 16, "stride_q": 4, "gamma": 0.5},
-        "pbs": {"block_size": 16, "segment": 32, "tau": 0.2},
-        "hip": {"block_q": 32, "block_k": 4, "mask_k": 8, "sink": 4, "window": 8},
+        "pbs": {"block_size": 16, "segment": 16, "tau": 0.2},
+        "hip": {"block_q": 16, "block_k": 4, "mask_k": 8, "sink": 4, "window": 4},
         "xattention": {"block_size": 16, "stride": 4, "gamma": 0.3},
     },
 )
