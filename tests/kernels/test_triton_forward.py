@@ -200,4 +200,4 @@ def test_some_configuration_fits_every_chip(dim, chip):
     columns = 2 * sum(tiles.split_dim(dim))
     for itemsize in (2,) if dim > 256 else (2, 4):
         rows = forward.most_rows(columns, itemsize)
-        assert forward.configs(rows, columns, itemsize, launch.Chip(chip[0], chip[1] * 1024))
+        assert forward.configs(rows, columns, itemsize, 1, launch.Chip(chip[0], chip[1] * 1024))

@@ -53,7 +53,7 @@ def test_the_device_of_the_tensors_is_current_during_a_launch(gpu):
     enter, (grid, arguments), leave = gpu
     assert (enter, leave) == (("enter", x.device), ("leave", x.device))
     assert grid == (2, 1)
-    assert arguments == {"n": 3, "x": x, "N": 16, "num_warps": 4, "num_stages": 3}
+    assert arguments == {"n": 3, "x": x, "N": 16, "num_warps": 4, "num_ctas": 1, "num_stages": 3}
 
 
 def test_several_configurations_are_measured_and_no_other(gpu, monkeypatch):

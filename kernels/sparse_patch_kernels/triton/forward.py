@@ -298,26 +298,24 @@ def block_sparse_forward(
         bias = 0.0
         if POOLS[i] > 1:
             bias = tl.log2(POOLS[i] * 1.0)
-        TOKENS: tl.constexpr = POOLS[i] == 1
         n_keys = kv_len // POOLS[i]
         if UNITS[i] >= BLOCK_N:
             tiles = n * ((UNITS[i] + BLOCK_N - 1) // BLOCK_N)
         else:
             tiles = (n * UNITS[i] + BLOCK_N - 1) // BLOCK_N
         # Tiles [clear, hidden) hold nothing that a row must not see.
-        SEARCH: tl.constexpr = (
-            not ORDERED and not RANKED[i] and len(BEFORE[i]) == 0
-            and (UNITS[i] < BLOCK_N or UNITS[i] % BLOCK_N == 0)
-        )  # fmt: skip
         clear = 0
         hidden = 0
-        if SEARCH:
+        if (
+            not ORDERED and not RANKED[i] and len(BEFORE[i]) == 0
+            and (UNITS[i] < BLOCK_N or UNITS[i] % BLOCK_N == 0)
+        ):  # fmt: skip
             limit = first_row
-            if TOKENS and WINDOW:
+            if POOLS[i] == 1 and WINDOW:
                 limit = first_row - window
             runs = _runs_until(start, n, limit + 1 - UNITS[i] * POOLS[i])
             first_run = 0
-            if TOKENS and SINK:
+            if POOLS[i] == 1 and SINK:
                 first_run = tl.minimum(runs, _runs_until(start, n, sink - 1))
             if UNITS[i] >= BLOCK_N:
                 clear = first_run * (UNITS[i] // BLOCK_N)
@@ -325,7 +323,7 @@ def block_sparse_forward(
             else:
                 clear = (first_run * UNITS[i] + BLOCK_N - 1) // BLOCK_N
                 hidden = tl.maximum(clear, runs * UNITS[i] // BLOCK_N)
-            if TOKENS and SINK:
+            if POOLS[i] == 1 and SINK:
                 acc0, acc1, best, total = _span(
                     acc0, acc1, best, total, q0, q1, row, 0, clear,
                     start, n_keys, n, order, key_base,
@@ -351,7 +349,7 @@ def block_sparse_forward(
             window, starts, start_lists, start_step, counts, count_lists, head0, heads,
                     block, n_blocks,
             UNITS[i], POOLS[i], ORDERED, BLOCK_N, D, D0, D1, V, V0, V1, INDEX, SOFTCAP, True,
-            TOKENS and SINK, TOKENS and WINDOW, BEFORE[i],
+            POOLS[i] == 1 and SINK, POOLS[i] == 1 and WINDOW, BEFORE[i],
         )  # fmt: skip
 
     if WINDOW:
@@ -483,7 +481,7 @@ def attend_packed(
             "V0": v0,
             "V1": v1,
         },
-        configs(tiling.rows, columns, q.itemsize, chip_of(q)),
+        configs(tiling.rows, columns, q.itemsize, len(lists), chip_of(q)),
         ["UNITS", "POOLS", "PACK", "ROWS", "ORDERED", "SINK", "WINDOW", "D", "V"],
     )
     return out, lse
@@ -528,27 +526,38 @@ def most_rows(columns: int, itemsize: int) -> int:
     return max(16, 1 << rows.bit_length() - 1)
 
 
-def configs(rows: int, columns: int, itemsize: int, chip: Chip) -> tuple[triton.Config, ...]:
+def configs(
+    rows: int, columns: int, itemsize: int, lists: int, chip: Chip
+) -> tuple[triton.Config, ...]:
     """Configurations worth trying, the default first, that fit the chip's shared memory.
 
     Args:
         rows: rows of a tile.
         columns: numbers a key and its value hold together, padded.
         itemsize: bytes a number.
+        lists: run lists there are; what walks each takes registers.
     """
-    warps = 8 if rows >= 128 or columns > 256 else 4
+    warps = 8 if rows >= 128 or columns > 256 or lists > 1 else 4
+    registers = None  # the most of a thread; None: ptxas weighs spills against occupancy
     # Wide tiles share the overhead of a step between more keys; more stages hide more latency.
     # 128 keys spill at a head_dim of 128 with 8 warps, and 4 warps spill at 128 rows.
-    tries = [(64, warps, 3), (64, warps, 2), (32, warps, 3), (32, warps, 2), (16, warps, 1)]
-    if chip.backend == "hip":
-        tries = [(64, warps, 2), (32, warps, 2), (16, warps, 1)]
+    tries = [(64, warps, 3), (32, warps, 3), (64, warps, 2), (32, warps, 2), (16, warps, 1)]
     if itemsize > 2:
         tries = [(16, 8, 2), (16, 8, 1)]  # 32 keys spill on sm_90
+        registers = None if chip.backend == "hip" else 255
+    elif chip.backend == "hip":
+        # 64 keys spill with 8 warps, and with 4 leave a SIMD a single wave.
+        tries = [(32, warps, 2), (64, 4, 2), (16, warps, 1)]
+    elif chip.shared_bytes < 128 * 1024:
+        registers = 255
+        if columns > 256:
+            tries = [(16, warps, 3), (32, warps, 2), (16, warps, 1)]  # 32 keys spill on sm_86
     fits = [
         one for one in tries if _shared(one, rows, columns, chip) * itemsize <= chip.shared_bytes
     ]
     return tuple(
-        triton.Config({"BLOCK_N": n}, num_warps=w, num_stages=stages) for n, w, stages in fits
+        triton.Config({"BLOCK_N": n}, num_warps=w, num_stages=stages, maxnreg=registers)
+        for n, w, stages in fits
     )
 
 

@@ -183,10 +183,7 @@ def _run(
 
 
 def _flat(config: triton.Config) -> dict[str, Any]:
-    options = (
-        {} if INTERPRETED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    )
-    return {**config.kwargs, **options}
+    return dict(config.kwargs) if INTERPRETED else config.all_kwargs()
 
 
 @lru_cache(None)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import Chip, chip_of, launch
 from .tiles import (
     LN2,
     LOG2E,
@@ -141,7 +141,7 @@ def _scores(
             "STEP": max(16, _COMBINED // tile),
             "REDUCE": reduce,
         }
-        launch(_block_scores, (blocks, heads, 1), combine, (triton.Config({}, num_warps=4),), ())
+        launch(_block_scores, (blocks, heads, 1), combine, (triton.Config({}, num_warps=8),), ())
     return result
 
 
@@ -153,6 +153,9 @@ def _launch_tokens(
     # 128 x 128 leaves a thread 128 registers: two programs on an SM, of which one multiplies while
     # the other adds up.
     block_m, block_n = (128, 128) if width <= 128 else (64, 256)
+    chip, row_bytes = chip_of(q), dim * q.element_size()
+    if chip.backend == "hip" and row_bytes > 384:
+        block_m = 64  # 128 spill
     arguments = {
         **sample,
         **_rows(q, k),
@@ -168,8 +171,9 @@ def _launch_tokens(
         "CHUNK": _CHUNK,
     }
     grid = (triton.cdiv(seen, _CHUNK), triton.cdiv(rows, block_m), k.shape[0])
-    # Two tiles of keys on their way; one where two do not fit beside the queries.
-    stages = (2, 1) if block_n * dim * q.element_size() <= 1 << 16 else (1,)
+    # Two tiles of keys on their way; one where two do not fit.
+    fits = _staged(2, block_n * row_bytes, chip)
+    stages = (2, 1) if fits else (1,)
     configs = [triton.Config({}, num_warps=8, num_stages=n) for n in stages]
     launch(_token_parts, grid, arguments, configs, ("DIM", "WIDTH", "GROUP", "LARGEST"))
 
@@ -181,6 +185,9 @@ def _launch_groups(
     # Every number loaded is used once per row of the other side, and loading is what limits: so the
     # largest tile whose sums fit the registers. Without tensor cores, float32, less fits.
     block_m, block_n, piece = 128, 256, 64 if dim % 64 == 0 else 32
+    chip = chip_of(q)
+    if chip.backend == "cuda" and chip.shared_bytes < 128 * 1024:
+        block_n = 128  # 256 spill on sm_86
     if q.dtype == torch.float32:
         block_n, piece = 128, 16
     arguments = {
@@ -196,10 +203,17 @@ def _launch_groups(
         "BLOCK_N": block_n,
     }
     grid = (triton.cdiv(seen, block_n), triton.cdiv(rows, block_m), k.shape[0])
-    # 48 KiB a stage: three fit an A100, four an H100, two a GPU with 99 KiB.
-    tried = ((8, 3), (8, 4), (16, 3), (8, 2))
-    configs = [triton.Config({}, num_warps=warps, num_stages=n) for warps, n in tried]
+    # 48 KiB a stage: three fit an A100, four an H100.
+    stage = (block_m + block_n) * piece * q.element_size()
+    configs = [
+        triton.Config({}, num_warps=8, num_stages=n) for n in (3, 4, 2) if _staged(n, stage, chip)
+    ]
     launch(_group_parts, grid, arguments, configs, ("DIM", "WIDTH", "GROUP", "FOLD"))
+
+
+def _staged(stages: int, stage_bytes: int, chip: Chip) -> bool:
+    """Do so many stages fit the shared memory? AMD's compiler keeps one of them in registers."""
+    return (stages - (chip.backend == "hip")) * stage_bytes <= chip.shared_bytes
 
 
 def _rows(q: Tensor, k: Tensor) -> dict[str, Any]:
