@@ -13,8 +13,8 @@ Stages run one after the other, each in processes of its own and with a time of 
 
 Results go to `gpu_NAME.json` and, as a report, to `gpu_NAME.md` after every stage; rows of the
 stage that runs are in `gpu_NAME.jsonl`. A stage that fails, hangs or dies leaves the others alone.
-Exit code: 0, also where a target is missed; 1 if something failed; 2 if the machine lacks something,
-which is then named.
+Exit code: 0, also where a target is missed; 1 if something failed; 2 if the machine lacks
+something, which is then named.
 """
 
 from __future__ import annotations

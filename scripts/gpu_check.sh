@@ -6,24 +6,9 @@
 #   scripts/gpu_check.sh --dry-run   # toy sizes in Triton's interpreter, on the CPU
 #   scripts/gpu_check.sh --help
 #
-# PYTHON: another Python than python3. WHEELS: a folder of wheels for packages that are missing
-# (default: .whl); they go to a temporary folder.
+# PYTHON: another Python than python3.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-python3}
-wheels=${WHEELS:-$root/.whl}
 export PYTHONPATH="$root:$root/kernels:$root/eval${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-  echo "gpu_check: this needs Python 3.10 or later; name one with PYTHON=" >&2
-  exit 2
-fi
-read -ra missing <<< "$("$python" "$root/scripts/gpu_checks/preflight.py")"
-if [ ${#missing[@]} -gt 0 ] && [ -d "$wheels" ]; then
-  site=$(mktemp -d)
-  trap 'rm -rf "$site"' EXIT
-  "$python" -m pip install --quiet --no-index --find-links "$wheels" --target "$site" "${missing[@]}"
-  export PYTHONPATH="$PYTHONPATH:$site"
-fi
-"$python" "$root/scripts/gpu_check.py" "$@"
+exec "${PYTHON:-python3}" "$root/scripts/gpu_check.py" "$@"

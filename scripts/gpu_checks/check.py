@@ -26,7 +26,7 @@ from gpu_checks.scale import FULL, TOY
 from gpu_checks.stage import Row, read_rows
 
 # A process that has not stopped by itself so long after its deadline is stopped.
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 30.0
 
 
 def check(options: argparse.Namespace, shares: Mapping[str, float]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Exit code of a process that a failed kernel took the GPU from; the next goes on after that.
+# Exit code of a process that a failed kernel took the GPU from.
 LOST = 3
 RESTARTS = 4
 # How often it is said that a stage goes on.
@@ -44,11 +44,11 @@ class Process:
             self._running = subprocess.Popen(self.command, stderr=log, start_new_session=True)
 
     def look(self) -> None:
-        """Note its end, and start it again where the next may go on."""
+        """Note its end, and where that is not a good one start the next, which goes on after it."""
         if self._running is None or self._running.poll() is None:
             return
         self.code, self._running = self._running.returncode, None
-        if (self.code == LOST or self.code < 0) and self.starts <= RESTARTS:
+        if self.code != 0 and self.starts <= RESTARTS:
             self.start()
 
     def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import time
 import traceback
@@ -11,6 +12,10 @@ from typing import Any
 
 from gpu_checks.device import Device
 from gpu_checks.scale import Scale
+
+# Seconds that must be left to begin an item, and that it may take. One that takes longer hangs: its
+# process ends, and another goes on after it.
+SHORTEST, LONGEST = 5.0, 75.0
 
 Row = dict[str, Any]
 Work = Callable[[], Iterable[Row]]
@@ -74,8 +79,10 @@ class Stage:
             return
         start = time.time()
         self.add("begin", item=item)
+        # A thread without Python ends the process, wherever that waits.
+        faulthandler.dump_traceback_later(LONGEST, exit=True, file=2)
         try:
-            self.need(1)
+            self.need(SHORTEST)
             for row in work():
                 self.add(item=item, **row)
             said = "done"
@@ -85,6 +92,8 @@ class Stage:
         except Exception as error:
             said = f"failed: {type(error).__name__}: {error}"
             self.add("error", item=item, error=said, traceback=traceback.format_exc())
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         seconds = time.time() - start
         self.add("end", item=item, seconds=round(seconds, 3))
         if not self._quiet or said.startswith("failed"):
