@@ -332,6 +332,18 @@ def test_no_item_runs_after_the_device_is_lost_or_the_time_is_up(stage, monkeypa
     ]
 
 
+def test_what_does_not_fit_the_memory_is_skipped(stage):
+    def too_much():
+        yield {"kind": "result"}
+        raise torch.OutOfMemoryError("tried to allocate 90 GiB")
+
+    stage.run("long", too_much)
+    rows = read_rows(stage._path)
+    assert [row["kind"] for row in rows] == ["begin", "result", "skipped", "end"]
+    assert "90 GiB" in rows[2]["reason"]
+    assert not report.failures(rows)
+
+
 def good_rows():
     """Rows of a GPU that reaches every target."""
     prefill = {"stage": "prefill", "kind": "prefill", "tokens": 131072, "density": 0.1}

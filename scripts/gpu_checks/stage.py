@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpu_checks.device import Device
 from gpu_checks.scale import Scale
 
@@ -69,8 +71,8 @@ class Stage:
     def run(self, item: str, work: Work) -> None:
         """Do an item and write its rows, each with a "kind".
 
-        An exception becomes a row "error", lack of time a row "skipped"; an item that a process
-        before this one began is not done again.
+        An exception becomes a row "error", lack of time or memory a row "skipped"; an item that a
+        process before this one began is not done again.
 
         Raises:
             DeviceLost: the GPU does not answer any more.
@@ -86,7 +88,7 @@ class Stage:
             for row in work():
                 self.add(item=item, **row)
             said = "done"
-        except OutOfTime as reason:
+        except (OutOfTime, torch.OutOfMemoryError) as reason:
             said = f"skipped: {reason}"
             self.add("skipped", item=item, reason=str(reason))
         except Exception as error:
@@ -98,11 +100,11 @@ class Stage:
         self.add("end", item=item, seconds=round(seconds, 3))
         if not self._quiet or said.startswith("failed"):
             print(f"[{self.name}] {item}: {said} ({seconds:.1f} s)", flush=True)
-        if said.startswith("failed"):
+        if said != "done":
             self._recover(item)
 
     def _recover(self, item: str) -> None:
-        """After a failure: can the next item run, and has it the memory of this one?"""
+        """Can the next item run, and has it the memory of this one?"""
         try:
             self.device.synchronize()
             self.device.forget_peak()
