@@ -11,13 +11,15 @@ import platform
 import subprocess
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+
+if TYPE_CHECKING:  # seconds of import, for what only wants `machine`
+    from transformers import Cache, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,18 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "sparse_patch": version("sparse-patch"),
+        "transformers": _version("transformers"),
+        "sparse_patch": _version("sparse-patch"),
         "git": _git_hash(),
     }
+
+
+def _version(package: str) -> str | None:
+    """None where the package runs from its sources, not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

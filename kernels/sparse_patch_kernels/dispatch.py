@@ -18,6 +18,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Device types that Triton has kernels for; AMD cards call themselves "cuda" too.
 GPUS = ("cuda", "xpu")
+# Every function that has a kernel, by name, with its module: scripts/gpu_check.py checks them all.
+KERNELS: dict[str, tuple[str, Callable[..., Any]]] = {}
 
 
 @functools.lru_cache(None)
@@ -49,6 +51,7 @@ def has_kernel(module: str) -> Callable[[F], F]:
             return plain(x, *args, **kwargs)
 
         either.plain = plain  # type: ignore[attr-defined]
+        KERNELS[plain.__name__] = (module, either)
         return cast(F, either)
 
     return wrap

@@ -18,6 +18,8 @@ def block_sparse_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    *,
+    acc: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T, over the keys and pooled keys the plan shows) v.
 
@@ -27,12 +29,13 @@ def block_sparse_attention(
         softcap: logits become `softcap * tanh(logits / softcap)`; a pooled key's log(pool) is added
             after that.
         sinks: `[heads]`, a logit more for each head, without a value.
+        acc: compute in this dtype; default: q's, but float32 at least.
 
     Returns:
-        Output `[heads, q_len, v_dim]` in q's dtype and log-sum-exp `[heads, q_len]` in float32
-        (float64 for float64 input). A row that sees no key gives 0 and -inf.
+        Output `[heads, q_len, v_dim]` in q's dtype and log-sum-exp `[heads, q_len]` in
+        `acc`. A row that sees no key gives 0 and -inf.
     """
-    acc = torch.promote_types(q.dtype, torch.float32)
+    acc = acc or torch.promote_types(q.dtype, torch.float32)
     group, per_list = q.shape[0] // k.shape[0], q.shape[0] // plan.heads
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# More than any cache holds. To write them takes an H100 about 0.4 ms, by which the host gets ahead of
-# it: launching takes no time of what comes then, as inside a model.
+# More than any cache holds. To write them takes an H100 about 0.4 ms, by which the host gets ahead
+# of it: launching takes no time of what comes then, as inside a model.
 _FLUSH_BYTES = 1 << 30
 
 

@@ -21,9 +21,9 @@ from gpu_checks.scale import Scale
 from gpu_checks.stage import Row, Stage, Work
 from sparse_patch.methods.proxyattn import proxy_heads
 
-# Kernel and plain function multiply the same numbers and add in float32, in another order; so logits
-# of up to 64 differ by a few 2^-18, and probabilities by as much of themselves. Mass below e^-60 is
-# nothing, and float32 does not hold what is below e^-87.
+# Kernel and plain function multiply the same numbers and add in float32, in another order; so
+# logits of up to 64 differ by a few 2^-18, and probabilities by as much of themselves. Mass below
+# e^-60 is nothing, and float32 does not hold what is below e^-87.
 _LOGS, _LEAST_LOG = 5e-4, -60.0
 _PROBABILITIES, _LEAST_PROBABILITY = 5e-4, 1e-7
 _MEANS = 1e-5

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import sparse_patch
 from gpu_checks import inputs
 from gpu_checks.scale import Scale
-from gpu_checks.stage import Row, Stage, Work
+from gpu_checks.stage import LONGEST, Row, Stage, Work
 
 DENSE = "dense"
 METHODS = ("flexprefill", "proxyattn", "pbs")
@@ -78,7 +78,8 @@ class _Runs:
         self.methods = {
             name: sparse_patch.get_method(name, **stage.scale.methods[name]) for name in METHODS
         }
-        self.dense_seconds: tuple[int, float] = (1, 0.0)
+        # The longest prompt so far, and the seconds that a round of it took.
+        self.known = (1, 0.0)
 
     @cached_property
     def model(self) -> Any:
@@ -95,18 +96,18 @@ class _Runs:
     def measure(self, n: int) -> Iterable[Row]:
         """A row per method, over rounds in which they take turns."""
         variants = [DENSE, *METHODS]
-        known, seconds = self.dense_seconds
-        self.stage.need(len(variants) * seconds * (n / known) ** 2)
+        known, seconds = self.known
+        self.stage.need(seconds * (n / known) ** 2)
         taken: dict[str, list[Row]] = {name: [] for name in variants}
         for turn in range(min(_MOST_ROUNDS, self.stage.scale.rounds)):
             shift = turn % len(variants)
             for name in variants[shift:] + variants[:shift]:
                 taken[name].append(self.run(name, n, seed=turn))
             spent = sum(runs[-1]["seconds"] for runs in taken.values())
-            # Half of the time left is for what comes after.
-            if 2 * spent > self.stage.seconds_left:
+            # Half of the time left is for what comes after; and one item must not seem to hang.
+            if 2 * spent > self.stage.seconds_left or (turn + 2) * spent > LONGEST / 2:
                 break
-        self.dense_seconds = n, taken[DENSE][0]["seconds"]
+        self.known = max(self.known, (n, spent))
         dense = statistics.median(run["seconds"] for run in taken[DENSE])
         for name, runs in taken.items():
             seconds = statistics.median(run["seconds"] for run in runs)

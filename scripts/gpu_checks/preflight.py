@@ -1,31 +1,27 @@
-"""What a machine lacks, found before anything is imported that would fail for want of it.
-
-python scripts/gpu_checks/preflight.py prints the packages to install, for scripts/gpu_check.sh.
-"""
+"""What a machine lacks, found before anything is imported that would fail for want of it."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # As in pyproject.toml.
+PYTHON = (3, 10)
 PACKAGES = {"torch": "2.8", "triton": "3.4", "transformers": "5.4"}
-
-
-def missing_packages() -> list[str]:
-    """Requirements, as pip takes them, that are not met."""
-    return [f"{name}>={least}" for name, least in PACKAGES.items() if not _has(name, least)]
 
 
 def missing(on_gpu: bool) -> list[str]:
     """What is missing, each with what to do."""
+    if sys.version_info < PYTHON:
+        return [f"Python {'.'.join(map(str, PYTHON))} or later: name one with PYTHON="]
     found = [
-        f"{requirement}: pip install '{requirement}', or where there is no network carry the wheels "
-        f"('pip download {requirement} -d wheels' on a machine like this) and set WHEELS=wheels"
-        for requirement in missing_packages()
+        f"{name}>={least}: pip install '{name}>={least}', or name a Python that has it with PYTHON="
+        for name, least in PACKAGES.items()
+        if not _has(name, least)
     ]
     if on_gpu and not found:
         found += _gpu() + _compiler()
@@ -68,7 +64,3 @@ def _has(name: str, least: str) -> bool:
 def _numbers(text: str) -> tuple[int, ...]:
     """(2, 13) of "2.13.0+cpu": two numbers are all that is asked for."""
     return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in text.split(".")[:2])
-
-
-if __name__ == "__main__":
-    print(*missing_packages())

@@ -226,8 +226,8 @@ def _op(rows: list[Row]) -> list[str]:
     }
     return [
         "## The op",
-        "Medians (lowest to highest), in turns. Random blocks, the diagonal and block 0; a list for "
-        "each head. Host: until the call came back.",
+        "Medians (lowest to highest), in turns. Random blocks, the diagonal and block 0; a list "
+        "for each head. Host: until the call came back.",
         _table(table, columns),
     ]
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpu_checks.device import Device
 from gpu_checks.scale import Scale
 
-# Seconds that every item may take: to begin one, and to end it where that is more than half of what
-# the stage has left. An item that takes longer hangs: its process ends, and another goes on.
-SHORTEST, LONGEST = 5.0, 30.0
+# Seconds that must be left to begin an item, and that it may take. One that takes longer hangs: its
+# process ends, and another goes on after it.
+SHORTEST, LONGEST = 5.0, 75.0
 
 Row = dict[str, Any]
 Work = Callable[[], Iterable[Row]]
@@ -70,8 +71,8 @@ class Stage:
     def run(self, item: str, work: Work) -> None:
         """Do an item and write its rows, each with a "kind".
 
-        An exception becomes a row "error", lack of time a row "skipped"; an item that a process
-        before this one began is not done again.
+        An exception becomes a row "error", lack of time or memory a row "skipped"; an item that a
+        process before this one began is not done again.
 
         Raises:
             DeviceLost: the GPU does not answer any more.
@@ -81,14 +82,13 @@ class Stage:
         start = time.time()
         self.add("begin", item=item)
         # A thread without Python ends the process, wherever that waits.
-        longest = max(LONGEST, self.seconds_left / 2)
-        faulthandler.dump_traceback_later(longest, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(LONGEST, exit=True, file=2)
         try:
             self.need(SHORTEST)
             for row in work():
                 self.add(item=item, **row)
             said = "done"
-        except OutOfTime as reason:
+        except (OutOfTime, torch.OutOfMemoryError) as reason:
             said = f"skipped: {reason}"
             self.add("skipped", item=item, reason=str(reason))
         except Exception as error:
@@ -100,11 +100,11 @@ class Stage:
         self.add("end", item=item, seconds=round(seconds, 3))
         if not self._quiet or said.startswith("failed"):
             print(f"[{self.name}] {item}: {said} ({seconds:.1f} s)", flush=True)
-        if said.startswith("failed"):
+        if said != "done":
             self._recover(item)
 
     def _recover(self, item: str) -> None:
-        """After a failure: can the next item run, and has it the memory of this one?"""
+        """Can the next item run, and has it the memory of this one?"""
         try:
             self.device.synchronize()
             self.device.forget_peak()

@@ -18,6 +18,8 @@ triton = pytest.importorskip("triton")
 class Kernel:
     """Notes the launches of a kernel, and the device that was current."""
 
+    fn = types.SimpleNamespace(__name__="noted")
+
     def __init__(self, log):
         self.log = log
 
@@ -47,6 +49,16 @@ def config(n, warps):
     return triton.Config({"N": n}, num_warps=warps, num_stages=3)
 
 
+def tuned_to_the_last(configs):
+    """What stands for `triton.autotune(configs, ...)`: the kernel, with the last as the best."""
+
+    def wrap(kernel):
+        kernel.best_config = configs[-1]
+        return kernel
+
+    return wrap
+
+
 def test_the_device_of_the_tensors_is_current_during_a_launch(gpu):
     x = torch.zeros(3)
     launch.launch(Kernel(gpu), (2, 1), {"n": 3, "x": x}, [config(16, 4)], [])
@@ -61,7 +73,7 @@ def test_several_configurations_are_measured_and_no_other(gpu, monkeypatch):
 
     def autotune(configs, key, **options):
         seen.append((configs, key, options))
-        return lambda kernel: kernel
+        return tuned_to_the_last(configs)
 
     monkeypatch.setattr(triton, "autotune", autotune)
     kernel, configs = Kernel(gpu), [config(16, 4), config(32, 8)]
@@ -69,6 +81,46 @@ def test_several_configurations_are_measured_and_no_other(gpu, monkeypatch):
         launch.launch(kernel, (1,), {"x": torch.zeros(3)}, configs, ["D"])
     assert seen == [(configs, ["D"], {"cache_results": True})]  # once, not per launch
     assert [arguments.keys() for _, arguments in gpu[1::3]] == [{"x"}, {"x"}]
+
+
+def test_watching_says_what_each_shape_class_runs_with(gpu, monkeypatch):
+    monkeypatch.setattr(triton, "autotune", lambda configs, *_, **__: tuned_to_the_last(configs))
+    several, one = [config(16, 4), config(32, 8)], [config(64, 4)]
+    x = torch.zeros(3)
+    launch.launch(Kernel(gpu), (1,), {"x": x, "D": 16}, several, ["D"])  # nobody watches yet
+    with launch.watching() as chosen:
+        for dim in (64, 64, 128):
+            launch.launch(Kernel(gpu), (1,), {"x": x, "D": dim}, several, ["D"])
+        launch.launch(Kernel(gpu), (1,), {"x": x, "D": 64}, one, [])
+        with launch.recording():
+            launch.launch(Kernel(gpu), (1,), {"x": x, "D": 256}, several, ["D"])
+    launch.launch(Kernel(gpu), (1,), {"x": x, "D": 32}, several, ["D"])
+    assert chosen == {
+        launch.ShapeClass("noted", (("D", "64"),)): several[1],
+        launch.ShapeClass("noted", (("D", "128"),)): several[1],
+        launch.ShapeClass("noted", ()): one[0],
+    }
+
+
+def test_a_forced_configuration_runs_and_nothing_is_tuned(gpu, monkeypatch):
+    monkeypatch.setattr(triton, "autotune", None)  # whoever calls it fails
+    configs = [config(16, 4), config(32, 8), config(64, 8)]
+
+    def launched():
+        del gpu[:]
+        with launch.watching() as chosen:
+            launch.launch(Kernel(gpu), (1,), {"x": torch.zeros(3), "D": 64}, configs, ["D"])
+        (only,) = chosen.values()
+        assert gpu[1][1]["N"] == only.kwargs["N"]
+        return configs.index(only)
+
+    with launch.forcing(1):
+        assert launched() == 1
+        with launch.forcing(7):
+            assert launched() == 2  # the last
+        assert launched() == 1
+    with pytest.raises(TypeError, match="not callable"):  # no longer forced: it would tune
+        launched()
 
 
 def test_a_recording_launches_nothing_and_says_for_which_chip(gpu):

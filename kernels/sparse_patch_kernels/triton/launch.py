@@ -26,6 +26,8 @@ from triton import knobs
 INTERPRETED: bool = knobs.runtime.interpret
 
 _recorders: list[tuple[list[Launch], Chip]] = []
+_watchers: list[dict[ShapeClass, triton.Config]] = []
+_forced: list[int] = []
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,19 @@ class Launch:
     configs: tuple[triton.Config, ...]
 
 
+@dataclass(frozen=True)
+class ShapeClass:
+    """Launches that share a configuration.
+
+    Attributes:
+        kernel: the kernel's name.
+        values: the arguments it was tuned on, by name, as text.
+    """
+
+    kernel: str
+    values: tuple[tuple[str, str], ...]
+
+
 @contextlib.contextmanager
 def recording(chip: Chip = HOPPER) -> Iterator[list[Launch]]:
     """Launch nothing; collect the launches as they would be on `chip`.
@@ -74,6 +89,30 @@ def recording(chip: Chip = HOPPER) -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorders.pop()
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[dict[ShapeClass, triton.Config]]:
+    """Collect the configuration that each shape class launched meanwhile runs with."""
+    chosen: dict[ShapeClass, triton.Config] = {}
+    _watchers.append(chosen)
+    try:
+        yield chosen
+    finally:
+        _watchers.pop()
+
+
+@contextlib.contextmanager
+def forcing(index: int) -> Iterator[None]:
+    """Launch with the configuration of that index, the last where there are fewer; tune nothing.
+
+    For checks of each configuration by itself.
+    """
+    _forced.append(index)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def chip_of(x: Tensor) -> Chip:
@@ -113,16 +152,34 @@ def launch(
     if _recorders:
         _recorders[-1][0].append(Launch(kernel, grid, dict(arguments), tuple(configs)))
         return
+    if _forced:
+        configs = [configs[min(_forced[-1], len(configs) - 1)]]
+    config = _run(kernel, grid, arguments, configs, tune_on)
+    if _watchers:
+        values = tuple((name, str(arguments[name])) for name in tune_on)
+        _watchers[-1][ShapeClass(kernel.fn.__name__, values)] = config
+
+
+def _run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    configs: Sequence[triton.Config],
+    tune_on: Sequence[str],
+) -> triton.Config:
+    """Launch, and say with which configuration."""
     if INTERPRETED:
         kernel[grid](**arguments, **_flat(configs[0]))
-        return
+        return configs[0]
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
     # Triton launches on the current device, whichever holds the tensors.
     with torch.get_device_module(device).device(device):
         if len(configs) == 1:
             kernel[grid](**arguments, **_flat(configs[0]))
-        else:
-            _tuned(kernel, tuple(configs), tuple(tune_on))[grid](**arguments)
+            return configs[0]
+        tuner = _tuned(kernel, tuple(configs), tuple(tune_on))
+        tuner[grid](**arguments)
+        return tuner.best_config
 
 
 def _flat(config: triton.Config) -> dict[str, Any]:

@@ -212,8 +212,11 @@ def _launch_groups(
 
 
 def _staged(stages: int, stage_bytes: int, chip: Chip) -> bool:
-    """Do so many stages fit the shared memory? AMD's compiler keeps one of them in registers."""
-    return (stages - (chip.backend == "hip")) * stage_bytes <= chip.shared_bytes
+    """Do so many stages fit the shared memory, with 2 KiB for what else lies there?
+
+    AMD's compiler keeps one of them in registers.
+    """
+    return (stages - (chip.backend == "hip")) * stage_bytes + 2048 <= chip.shared_bytes
 
 
 def _rows(q: Tensor, k: Tensor) -> dict[str, Any]:
