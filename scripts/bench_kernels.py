@@ -326,7 +326,11 @@ def cells(rows: Sequence[Row]) -> list[Cell]:
                 if f"{FLEX} {plan}" in row["seconds"]
             ]
             rates = [
-                row["operations"] * row["density"][plan] / x / (2 * 2048**3) * row["seconds"]["matmul"]
+                row["operations"]
+                * row["density"][plan]
+                / x
+                / (2 * 2048**3)
+                * row["seconds"]["matmul"]
                 for row, x in zip(mine_too, ours, strict=True)
             ]
             found.append(
@@ -368,7 +372,9 @@ def markdown(rows: Sequence[Row]) -> str:
     aimed = [cell for cell in found if cell.density <= TARGET_DENSITY]
     for name, what in (("speed-up", "the speed-up over SDPA"), ("FlexAttention", "FlexAttention")):
         missed = sum(name in cell.missed for cell in aimed)
-        lines.append(f"\n{missed} of {len(aimed)} cells up to 25 % density miss their target for {what}.")
+        lines.append(
+            f"\n{missed} of {len(aimed)} cells up to 25 % density miss their target for {what}."
+        )
     lines.append(
         f"\n{about['device']}, {about['cpu_capability']}, torch {about['torch']}, commit "
         f"{', '.join(dict.fromkeys(str(row['machine']['git']) for row in rows))}."

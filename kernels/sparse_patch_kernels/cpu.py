@@ -11,8 +11,8 @@ none is, and for float64, PyTorch does, in one of two ways:
 
 Pooled runs are computed apart, by `cpu_pooled`, and joined the same way.
 
-PyTorch multiplies bf16 and fp16 inputs in float32; the compiled kernel multiplies bf16 as such where
-the CPU can (AVX512-BF16).
+PyTorch multiplies bf16 and fp16 inputs in float32; the compiled kernel multiplies bf16 as such
+where the CPU can (AVX512-BF16).
 """
 
 from __future__ import annotations

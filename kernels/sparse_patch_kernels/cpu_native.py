@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -32,7 +33,9 @@ from .plan import BlockPlan
 SOURCE = Path(__file__).parent / "native" / "attention.cpp"
 DTYPES = (torch.float32, torch.bfloat16)
 _COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-O3", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-shared", "-pthread")
+# What makes code for this very CPU; some compilers for ARM know the second only.
+_NATIVE = ("-march=native", "-mcpu=native")
 
 
 class NoCompiler(RuntimeError):
@@ -53,7 +56,11 @@ class _Call(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("q", "k", "v", "out", "lse")),
-        *((f"{name}_{what}", c_int64) for name in ("q", "k", "v", "out") for what in ("head", "row")),
+        *(
+            (f"{name}_{what}", c_int64)
+            for name in ("q", "k", "v", "out")
+            for what in ("head", "row")
+        ),
         *((name, c_int64) for name in ("heads", "kv_heads", "q_len", "kv_len", "dim", "v_dim")),
         *((name, c_int64) for name in ("block", "n_blocks", "sink", "window", "units")),
         ("order", c_void_p),
@@ -75,9 +82,10 @@ def attend(
     Args:
         q, k, v: float32 or bfloat16, the last dimension contiguous.
         plan: without pooled runs.
+        scale: a negative one is not for the kernel, whose largest product is the largest score.
     """
     kernel = _kernel()
-    if kernel is None:
+    if kernel is None or scale < 0:
         return None
     (heads, q_len, dim), (kv_heads, kv_len, v_dim) = q.shape, v.shape
     out = q.new_empty(q_len, heads, v_dim).transpose(0, 1)
@@ -85,9 +93,7 @@ def attend(
     lists = [(run.start.contiguous(), run.count.contiguous(), run.width) for run in plan.runs]
     runs = (_Runs * len(lists))(
         *(
-            _Runs(
-                start.data_ptr(), count.data_ptr(), len(start), len(count), start.shape[2], width
-            )
+            _Runs(start.data_ptr(), count.data_ptr(), len(start), len(count), start.shape[2], width)
             for start, count, width in lists
         )
     )
@@ -144,7 +150,7 @@ def build() -> Path:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
     if compiler is None:
         raise NoCompiler(f"no {', '.join(_COMPILERS)} on PATH")
-    command = [*compiler.split(), *_FLAGS]
+    command = [*shlex.split(compiler), *_FLAGS]
     folder = Path(os.environ.get("SPARSE_PATCH_CACHE") or "~/.cache/sparse-patch").expanduser()
     library = folder / "kernels" / f"attention-{_fingerprint(command)}.so"
     if not library.exists():
@@ -157,7 +163,9 @@ def _fingerprint(command: Sequence[str]) -> str:
     """Differs where the library would: source, compiler and its flags, and the CPU."""
     parts = [SOURCE.read_text(), *command, platform.platform(), platform.machine()]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        about = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60)
+        about = subprocess.run(
+            [command[0], "--version"], capture_output=True, text=True, timeout=60
+        )
         parts.append(about.stdout)
     with contextlib.suppress(OSError):  # Linux; a home folder may be shared by unlike machines
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -168,13 +176,16 @@ def _fingerprint(command: Sequence[str]) -> str:
 def _compile(command: Sequence[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         new = Path(scratch) / library.name
-        try:
-            done = subprocess.run(
-                [*command, "-o", str(new), str(SOURCE)], capture_output=True, text=True, timeout=600
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise NoCompiler(f"{command[0]} does not run: {error}") from error
-        if done.returncode:
-            raise NoCompiler(f"{command[0]} fails: {done.stderr.strip()[-500:]}")
-        # All at once: another process may be about to load it.
-        new.replace(library)
+        errors = ""
+        for native in _NATIVE:
+            call = [*command, native, "-o", str(new), str(SOURCE)]
+            try:
+                done = subprocess.run(call, capture_output=True, text=True, timeout=600)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise NoCompiler(f"{command[0]} does not run: {error}") from error
+            if done.returncode == 0:
+                # All at once: another process may be about to load it.
+                new.replace(library)
+                return
+            errors = errors or done.stderr.strip()
+        raise NoCompiler(f"{command[0]} fails: {errors[-500:]}")

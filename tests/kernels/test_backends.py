@@ -12,6 +12,7 @@ from sparse_patch_kernels import (
     RunList,
     block_sparse_attention,
     choose_backend,
+    cpu_native,
 )
 
 from tests.memory import largest_tensor
@@ -28,6 +29,15 @@ SHAPES = [
     (6, 3, 75, 107, 8, 24, 16, 16),
     (2, 1, 30, 62, 24, 8, 32, 32),
 ]
+
+
+@pytest.fixture(autouse=True, params=["compiled kernel", "PyTorch"])
+def way_of_the_cpu(request, monkeypatch):
+    """Both ways through the CPU backend."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(cpu_native, "_kernel", lambda: None)
+    elif cpu_native._kernel() is None:
+        pytest.skip("no compiler")
 
 
 def inputs(shape, dtype=torch.float32, seed=0):

@@ -5,12 +5,26 @@ import math
 
 import pytest
 import torch
-from sparse_patch_kernels import BlockPlan, RunList, block_sparse_attention, cpu, cpu_pooled
+from sparse_patch_kernels import (
+    BlockPlan,
+    RunList,
+    block_sparse_attention,
+    cpu,
+    cpu_native,
+    cpu_pooled,
+)
 
 from tests.memory import largest_tensor
 
 N, BLOCK = 256, 32
 N_BLOCKS = N // BLOCK
+
+
+@pytest.fixture(autouse=True, params=["compiled kernel", "PyTorch"])
+def way_of_the_cpu(request, monkeypatch):
+    """Both ways through the CPU backend; pooled runs are PyTorch's in either."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(cpu_native, "_kernel", lambda: None)
 
 
 def sequence(heads=4, kv_heads=2, dim=16, dtype=torch.float32):

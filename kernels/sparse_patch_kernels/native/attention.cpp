@@ -14,8 +14,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #ifdef __AVX__
@@ -144,21 +145,26 @@ inline void words_of(const float* row, int n, uint32_t* to) {
 }
 
 // LANES rows of LANES words, transposed in place.
+template <int STEP, int... I>
+inline void exchange(Words (&x)[LANES], std::integer_sequence<int, I...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (i & STEP) continue;
+    const Words a = x[i], b = x[i + STEP];
+    // Lanes of a, then of b, numbered from LANES on.
+#ifdef __clang__
+    x[i] = __builtin_shufflevector(a, b, (I & STEP ? LANES + I - STEP : I)...);
+    x[i + STEP] = __builtin_shufflevector(a, b, (I & STEP ? LANES + I : I + STEP)...);
+#else
+    x[i] = __builtin_shuffle(a, b, Words{(I & STEP ? LANES + I - STEP : I)...});
+    x[i + STEP] = __builtin_shuffle(a, b, Words{(I & STEP ? LANES + I : I + STEP)...});
+#endif
+  }
+}
 template <int STEP = 1>
 inline void transpose(Words (&x)[LANES]) {
   if constexpr (STEP < LANES) {
-    Words low{}, high{};  // lanes of the first of two rows, then of the second (from LANES on)
-    for (int i = 0; i < LANES; ++i) {
-      low[i] = i & STEP ? LANES + i - STEP : i;
-      high[i] = i & STEP ? LANES + i : i + STEP;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
-      if (i & STEP) continue;
-      const Words a = x[i], b = x[i + STEP];
-      x[i] = __builtin_shuffle(a, b, low);
-      x[i + STEP] = __builtin_shuffle(a, b, high);
-    }
+    exchange<STEP>(x, std::make_integer_sequence<int, LANES>());
     transpose<2 * STEP>(x);
   }
 }
@@ -260,7 +266,7 @@ class Worker {
     k = static_cast<const In*>(c.k) + kv * c.k_head;
     v = static_cast<const In*>(c.v) + kv * c.v_head;
     for (size_t from = 0; from < keys.size(); from += TILE) {
-      attend(&keys[from], std::min<size_t>(TILE, keys.size() - from), from < open_keys);
+      attend(&keys[from], std::min<size_t>(TILE, keys.size() - from));
     }
     write(head, end, block);
   }
@@ -311,7 +317,6 @@ class Worker {
         }
       }
     }
-    open_keys = keys.size();
     if (c.window) {
       // Listed ones are open to all rows; the others, marked by ~, only to rows near enough.
       for (int64_t key = std::max<int64_t>(near, 0); key < end; ++key) {
@@ -326,7 +331,7 @@ class Worker {
   static int64_t place(int32_t key) { return key < 0 ? ~key : key; }
 
   // Attend up to TILE keys.
-  void attend(const int32_t* key, int n, bool) {
+  void attend(const int32_t* key, int n) {
     bool masked = n % PANEL != 0;
     for (int t = 0; t < n; ++t) {
       masked |= key[t] < 0 || key[t] > first_row;
@@ -517,7 +522,6 @@ class Worker {
   Aligned<float> sums, best, total, decay;
   std::vector<uint8_t> seen;
   std::vector<int32_t> keys;
-  size_t open_keys = 0;
   int32_t position[TILE], reach[TILE];
   const In *k = nullptr, *v = nullptr;
   int64_t first_row = 0, in_block = 0, n_rows = 0, padded = 0;

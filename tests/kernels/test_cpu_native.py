@@ -1,0 +1,157 @@
+"""The compiled kernel of the CPU backend: how it is built, and that every build is right."""
+
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from sparse_patch_kernels import block_sparse_attention, cpu_native
+
+from tests.kernels.test_backends import SHAPES, assert_same, inputs, variants
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, cpu_native._COMPILERS)), reason="no C++ compiler on PATH"
+)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A cache folder of its own, and nothing loaded."""
+    monkeypatch.setenv("SPARSE_PATCH_CACHE", str(tmp_path))
+    cpu_native._kernel.cache_clear()
+    yield tmp_path / "kernels"
+    cpu_native._kernel.cache_clear()
+
+
+def attend(dtype=torch.float32):
+    shape = SHAPES[1]
+    q, k, v = inputs(shape, dtype)
+    plan = variants(shape)["order+sink+window"]
+    return cpu_native.attend(q, k, v, plan, 0.3)
+
+
+def check_all_variants():
+    for shape in SHAPES:
+        for name, plan in variants(shape).items():
+            if any(run.pool > 1 for run in plan.runs):
+                continue
+            for softcap in (None, 0.7):
+                for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)):
+                    q, k, v = inputs(shape, dtype)
+                    got = cpu_native.attend(q, k, v, plan, 0.3, softcap)
+                    want = block_sparse_attention(
+                        *(x.float() for x in (q, k, v)),
+                        plan,
+                        scale=0.3,
+                        softcap=softcap,
+                        backend="reference",
+                        return_lse=True,
+                    )
+                    assert got[0].dtype == dtype, name
+                    assert_same((got[0].float(), got[1]), want, tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "native"])
+def test_builds_for_older_cpus_are_right_too(fresh, monkeypatch, cpu):
+    """SSE2, AVX2, and whatever is here: other vectors, and bfloat16 widened."""
+    if cpu != "native" and cpu_native.platform.machine() != "x86_64":
+        pytest.skip("flags of another architecture")
+    monkeypatch.setattr(cpu_native, "_NATIVE", (f"-march={cpu}",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cpu_native._kernel() is not None
+    check_all_variants()
+
+
+@needs_compiler
+def test_it_is_compiled_once(fresh, monkeypatch):
+    want = attend()
+    (library,) = fresh.iterdir()
+    cpu_native._kernel.cache_clear()
+    monkeypatch.setattr(cpu_native, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert cpu_native.build() == library
+    assert_same(attend(), want, 0)
+
+
+@needs_compiler
+def test_other_source_flags_or_compiler_make_another_library(fresh, monkeypatch, tmp_path):
+    names = {cpu_native.build().name}
+    monkeypatch.setattr(cpu_native, "_FLAGS", (*cpu_native._FLAGS, "-DNDEBUG"))
+    names.add(cpu_native.build().name)
+    source = tmp_path / "attention.cpp"
+    source.write_text(cpu_native.SOURCE.read_text() + "\n// changed\n")
+    monkeypatch.setattr(cpu_native, "SOURCE", source)
+    names.add(cpu_native.build().name)
+    assert len(names) == 3
+
+
+@needs_compiler
+def test_processes_may_compile_at_the_same_time(fresh):
+    code = "from sparse_patch_kernels import cpu_native; print(cpu_native._kernel() is not None)"
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0].strip() for process in both] == ["True", "True"]
+    assert len(list(fresh.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [("no-such-compiler", "does not run"), ("false", "fails"), (None, "no c\\+\\+, g\\+\\+")],
+)
+def test_without_a_compiler_pytorch_does_the_work_and_says_so_once(
+    fresh, monkeypatch, compiler, message
+):
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    else:
+        monkeypatch.setattr(cpu_native.shutil, "which", lambda _: None)
+        monkeypatch.delenv("CXX", raising=False)
+    q, k, v = inputs(SHAPES[0])
+    plan = variants(SHAPES[0])["blocks"]
+    with pytest.warns(UserWarning, match=f"{message}.*Install a C"):
+        got = block_sparse_attention(q, k, v, plan, backend="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block_sparse_attention(q, k, v, plan, backend="cpu")
+    want = block_sparse_attention(q, k, v, plan, backend="reference")
+    torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
+
+
+def test_it_can_be_switched_off(fresh, monkeypatch):
+    monkeypatch.setenv("SPARSE_PATCH_COMPILE", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert attend() is None
+    assert not fresh.exists()
+
+
+@needs_compiler
+def test_threads_change_nothing(monkeypatch):
+    shape = (4, 2, 300, 300, 32, 32, 32, 32)
+    q, k, v = inputs(shape)
+    plan = variants(shape)["blocks+sink+window"]
+    one, *others = (
+        (
+            monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n),
+            cpu_native.attend(q, k, v, plan, 0.3),
+        )[1]
+        for n in (1, 2, 7)
+    )
+    for other in others:
+        assert_same(other, one, 0)
+
+
+@needs_compiler
+def test_a_negative_scale_is_pytorch_s():
+    shape = SHAPES[0]
+    q, k, v = inputs(shape)
+    plan = variants(shape)["blocks"]
+    assert cpu_native.attend(q, k, v, plan, -0.3) is None
+    got = block_sparse_attention(q, k, v, plan, scale=-0.3, backend="cpu")
+    want = block_sparse_attention(q, k, v, plan, scale=-0.3, backend="reference")
+    torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
