@@ -1,9 +1,9 @@
 """The compiled kernel of the CPU backend: C++, built once per machine with the system's compiler.
 
 The source ships with the package. The first call compiles it for this very CPU, which takes a few
-seconds, into the cache folder (`$SPARSE_PATCH_CACHE`, else `~/.cache/sparse-patch`); later processes
-load it from there. Where there is no compiler, the PyTorch backend does the work and a warning says
-so once; `SPARSE_PATCH_COMPILE=0` chooses that without a warning.
+seconds, into the cache folder (`$SPARSE_PATCH_CACHE`, else `~/.cache/sparse-patch`); later
+processes load it from there. Where there is no compiler, PyTorch does the work and a warning says so
+once; `SPARSE_PATCH_COMPILE=0` chooses that without a warning.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _kernel() -> Any:
         kernel = ctypes.CDLL(str(build())).sparse_patch_attention
     except (NoCompiler, OSError) as error:
         warnings.warn(
-            f"sparse_patch: the CPU backend runs without its compiled kernel, several times slower: "
+            "sparse_patch: the CPU backend runs without its compiled kernel, several times slower: "
             f"{error}. Install a C++ compiler (g++ or clang++), or set SPARSE_PATCH_COMPILE=0 to "
             "leave it at that.",
             UserWarning,

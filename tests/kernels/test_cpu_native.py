@@ -38,7 +38,7 @@ def check_all_variants():
             if any(run.pool > 1 for run in plan.runs):
                 continue
             for softcap in (None, 0.7):
-                for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)):
+                for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
                     q, k, v = inputs(shape, dtype)
                     got = cpu_native.attend(q, k, v, plan, 0.3, softcap)
                     want = block_sparse_attention(
@@ -135,15 +135,12 @@ def test_threads_change_nothing(monkeypatch):
     shape = (4, 2, 300, 300, 32, 32, 32, 32)
     q, k, v = inputs(shape)
     plan = variants(shape)["blocks+sink+window"]
-    one, *others = (
-        (
-            monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n),
-            cpu_native.attend(q, k, v, plan, 0.3),
-        )[1]
-        for n in (1, 2, 7)
-    )
-    for other in others:
-        assert_same(other, one, 0)
+    found = []
+    for n in (1, 2, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
+        found.append(cpu_native.attend(q, k, v, plan, 0.3))
+    for other in found[1:]:
+        assert_same(other, found[0], 0)
 
 
 @needs_compiler
