@@ -2,8 +2,8 @@
 
 The source ships with the package. The first call compiles it for this very CPU, which takes a few
 seconds, into the cache folder (`$SPARSE_PATCH_CACHE`, else `~/.cache/sparse-patch`); later
-processes load it from there. Where there is no compiler, PyTorch does the work and a warning says so
-once; `SPARSE_PATCH_COMPILE=0` chooses that without a warning.
+processes load it from there. Where there is no compiler, PyTorch does the work and a warning says
+so once; `SPARSE_PATCH_COMPILE=0` chooses that without a warning.
 """
 
 from __future__ import annotations
