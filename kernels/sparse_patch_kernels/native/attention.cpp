@@ -66,6 +66,7 @@ inline Floats all(float x) { return x - Floats{}; }
 inline Floats pick(Ints where, Floats yes, Floats no) {
   return bits<Floats>((bits<Ints>(yes) & where) | (bits<Ints>(no) & ~where));
 }
+// Where one of them is NaN: b.
 inline Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return bits<Floats>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
@@ -86,11 +87,11 @@ inline float largest(Floats x) {
   return most;
 }
 
-// 2^x for x up to 127, to 8e-8 of itself before rounding; as good as 0 below -126. A minimax
-// polynomial.
+// 2^x for x up to 127, to 8e-8 of itself before rounding; as good as 0 below -126; NaN of NaN. A
+// minimax polynomial.
 inline Floats exp2(Floats x) {
   const Floats magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  x = larger(x, all(-126.f));
+  x = larger(all(-126.f), x);
   const Floats whole = x + magic;
   const Floats f = x - (whole - magic);
   Floats p = f * 1.327679577e-3f + 9.675544463e-3f;
@@ -435,16 +436,18 @@ class Worker {
       if (masked) mask(s, first_row + (row + r) % in_block, width);
       Floats most = all(NOTHING);
       for (int t = 0; t < width; t += LANES) most = larger(most, load<Floats>(s + t));
-      const float higher = std::max(best.at[row + r], largest(most) * unit);
-      // A row that has seen nothing yet: the difference of infinities would be NaN.
+      const float top = largest(most) * unit, before = best.at[row + r];
+      const float higher = top > before || top != top ? top : before;
+      // A row that has seen nothing yet: the difference of infinities would be NaN. A real NaN stays.
       const bool blind = higher == NOTHING;
       Floats added = Floats{};
       for (int t = 0; t < width; t += LANES) {
-        const Floats p = blind ? Floats{} : exp2(load<Floats>(s + t) * unit - higher);
+        const Floats x = load<Floats>(s + t);
+        const Floats p = blind ? pick(x != x, x, Floats{}) : exp2(x * unit - higher);
         added += p;
         store(s + t, p);
       }
-      decay.at[row + r] = blind ? 0.f : std::exp2(best.at[row + r] - higher);
+      decay.at[row + r] = blind ? 0.f : std::exp2(before - higher);
       total.at[row + r] = total.at[row + r] * decay.at[row + r] + sum(added);
       best.at[row + r] = higher;
       if (PER == 2) {
