@@ -19,7 +19,8 @@ import gpu_check
 from gpu_checks import estimators, inputs, op_speed, parity, preflight, process, report
 from gpu_checks.device import Device
 from gpu_checks.scale import FULL, TOY
-from gpu_checks.stage import DeviceLost, Stage, read_rows
+from gpu_checks.stage import DeviceLost, Stage
+from sparse_patch_eval.rows import read_rows
 from sparse_patch_kernels import block_sparse_attention, dispatch
 
 from tests.kernels.interpreted import require_interpreter

@@ -26,7 +26,7 @@ class RowFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._setup, self._machine = path, dict(setup), machine()
         _end_last_line(path)
-        self.rows = [row for row in _read(path) if self._is_ours(row)]
+        self.rows = [row for row in read_rows(path) if self._is_ours(row)]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Write a row, so that it is there whatever happens next."""
@@ -61,7 +61,8 @@ def _end_last_line(path: Path) -> None:
             lines.write("\n")
 
 
-def _read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; what a kill left of a line is left out."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [row for line in lines if (row := _parse(line)) is not None]
 

@@ -82,14 +82,15 @@ def attend(
     Args:
         q, k, v: float32 or bfloat16, the last dimension contiguous.
         plan: without pooled runs.
-        scale: a negative one is not for the kernel, whose largest product is the largest score.
+        scale: one that is not positive is not for the kernel, whose largest product is the largest
+            score.
     """
     kernel = _kernel()
-    if kernel is None or scale < 0:
+    if kernel is None or scale <= 0:
         return None
     (heads, q_len, dim), (kv_heads, kv_len, v_dim) = q.shape, v.shape
     out = q.new_empty(q_len, heads, v_dim).transpose(0, 1)
-    lse = torch.empty(heads, q_len)
+    lse = torch.empty(heads, q_len, dtype=torch.float32, device=q.device)
     lists = [(run.start.contiguous(), run.count.contiguous(), run.width) for run in plan.runs]
     runs = (_Runs * len(lists))(
         *(
@@ -129,7 +130,7 @@ def _kernel() -> Any:
         kernel = ctypes.CDLL(str(build())).sparse_patch_attention
     except (NoCompiler, OSError) as error:
         warnings.warn(
-            "sparse_patch: the CPU backend runs without its compiled kernel, several times slower: "
+            "sparse_patch: the CPU backend runs without its compiled kernel, and slower: "
             f"{error}. Install a C++ compiler (g++ or clang++), or set SPARSE_PATCH_COMPILE=0 to "
             "leave it at that.",
             UserWarning,

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from sparse_patch_eval.prefill import machine
+from sparse_patch_eval.rows import Row, read_rows
 
 from gpu_checks import report
 from gpu_checks.device import Device
 from gpu_checks.process import Process, watch
 from gpu_checks.scale import FULL, TOY
-from gpu_checks.stage import Row, read_rows
 
 # A process that has not stopped by itself so long after its deadline is stopped.
 GRACE_SECONDS = 30.0

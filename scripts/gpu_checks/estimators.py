@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparse_patch_eval.rows import Row
 from sparse_patch_kernels import BlockPlan, block_sparse_attention, dispatch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from gpu_checks import inputs
 from gpu_checks.device import Device
 from gpu_checks.parity import name_of
 from gpu_checks.scale import Scale
-from gpu_checks.stage import Row, Stage, Work
+from gpu_checks.stage import Stage, Work
 from sparse_patch.methods.proxyattn import proxy_heads
 
 # Kernel and plain function multiply the same numbers and add in float32, in another order; so

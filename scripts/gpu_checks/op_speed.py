@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from sparse_patch_eval.rows import Row
 from sparse_patch_kernels import BlockPlan, block_sparse_attention
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from gpu_checks import inputs
 from gpu_checks.device import Device
 from gpu_checks.parity import name_of
-from gpu_checks.stage import Row, Stage, Work
+from gpu_checks.stage import Stage, Work
 from gpu_checks.timing import Timing, interleaved
 
 # Seconds that the rounds of one density may take together.

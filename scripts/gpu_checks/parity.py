@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparse_patch_eval.rows import Row
 from sparse_patch_kernels import BlockPlan, RunList, block_sparse_attention, reference
 from torch import Tensor
 
 from gpu_checks import inputs
 from gpu_checks.scale import Scale
-from gpu_checks.stage import Row, Stage, Work
+from gpu_checks.stage import Stage, Work
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from sparse_patch_eval.prefill import prefill
+from sparse_patch_eval.rows import Row
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sparse_patch
 from gpu_checks import inputs
 from gpu_checks.scale import Scale
-from gpu_checks.stage import LONGEST, Row, Stage, Work
+from gpu_checks.stage import LONGEST, Stage, Work
 
 DENSE = "dense"
 METHODS = ("flexprefill", "proxyattn", "pbs")

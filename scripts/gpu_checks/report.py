@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sparse_patch_eval.rows import Row
+
 from gpu_checks.scale import Scale
-from gpu_checks.stage import Row
 
 PASS, MISS, UNKNOWN = "pass", "miss", "not measured"
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
+from sparse_patch_eval.rows import Row
 from sparse_patch_kernels import dispatch
 
 import sparse_patch
 from gpu_checks.estimators import as_methods_call, without_kernels
 from gpu_checks.op_speed import dense, tensors
-from gpu_checks.stage import Row, Stage, Work
+from gpu_checks.stage import Stage, Work
 from gpu_checks.timing import interleaved
 
 # Seconds that the rounds of all estimators, and those of each method, may take.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_patch_eval.rows import Row, read_rows
 
 from gpu_checks.device import Device
 from gpu_checks.scale import Scale
@@ -19,7 +20,6 @@ from gpu_checks.scale import Scale
 # process ends, and another goes on after it.
 SHORTEST, LONGEST = 5.0, 75.0
 
-Row = dict[str, Any]
 Work = Callable[[], Iterable[Row]]
 
 
@@ -110,17 +110,3 @@ class Stage:
             self.device.forget_peak()
         except Exception as error:
             raise DeviceLost(f"{self.name}: the device is lost after {item}: {error}") from error
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; what a kill left of a line is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for line in lines if (row := _parsed(line)) is not None]
-
-
-def _parsed(line: str) -> Row | None:
-    try:
-        row: Row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row

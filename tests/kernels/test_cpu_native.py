@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparse_patch_kernels import block_sparse_attention, cpu_native
+from sparse_patch_kernels import BlockPlan, RunList, block_sparse_attention, cpu_native
 
 from tests.kernels.test_backends import SHAPES, assert_same, inputs, variants
 
@@ -152,11 +152,55 @@ def test_threads_change_nothing(monkeypatch):
 
 
 @needs_compiler
-def test_a_negative_scale_is_pytorch_s():
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_is_not_positive_is_pytorch_s(scale):
     shape = SHAPES[0]
     q, k, v = inputs(shape)
-    plan = variants(shape)["blocks"]
-    assert cpu_native.attend(q, k, v, plan, -0.3) is None
-    got = block_sparse_attention(q, k, v, plan, scale=-0.3, backend="cpu")
-    want = block_sparse_attention(q, k, v, plan, scale=-0.3, backend="reference")
+    plan = variants(shape)["blocks+sink+window"]
+    assert cpu_native.attend(q, k, v, plan, scale) is None
+    got = block_sparse_attention(q, k, v, plan, scale=scale, backend="cpu")
+    want = block_sparse_attention(q, k, v, plan, scale=scale, backend="reference")
     torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", cpu_native.DTYPES)
+@pytest.mark.parametrize(("dim", "v_dim"), [(17, 15), (1, 3), (15, 33), (31, 31)])
+def test_odd_head_dimensions(dim, v_dim, dtype):
+    shape = (4, 2, 50, 70, dim, v_dim, 16, 16)
+    q, k, v = inputs(shape, dtype)
+    plan = variants(shape)["blocks+sink+window"]
+    got = cpu_native.attend(q, k, v, plan, dim**-0.5)
+    want = block_sparse_attention(
+        *(x.float() for x in (q, k, v)), plan, backend="reference", return_lse=True
+    )
+    assert_same((got[0].float(), got[1]), want, 3e-6 if dtype == torch.float32 else 2e-2)
+
+
+@needs_compiler
+def test_the_default_dtype_does_not_matter():
+    want = attend()
+    torch.set_default_dtype(torch.float16)
+    try:
+        shape = SHAPES[1]
+        with torch.random.fork_rng():
+            q, k, v = (x.float() for x in inputs(shape))
+        out, lse = cpu_native.attend(q, k, v, variants(shape)["sink"], 0.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.dtype == lse.dtype == want[1].dtype == torch.float32
+    assert bool(lse.isfinite().all())
+
+
+@needs_compiler
+def test_lists_changed_behind_the_plan_s_back_reach_no_other_memory():
+    """Plans check their lists when they are made; tensors can be written to after that."""
+    q, k, v = inputs((2, 1, 64, 64, 16, 16, 16, 16))
+    mask = torch.tensor([True, False, False, True]).expand(2, 4, 4)
+    tame = BlockPlan.from_block_mask(mask, block_q=16, block_k=16)
+    start = torch.tensor([0, 16, 32, 48], dtype=torch.int32).expand(2, 4, 4).contiguous()
+    count = torch.arange(1, 5, dtype=torch.int32).expand(2, 4).contiguous()
+    wild = BlockPlan(64, 64, 16, (RunList(start, count, 16),))
+    start[:] = torch.tensor([-40, 0, 48, 4000], dtype=torch.int32)
+    count[:] = 9
+    assert_same(cpu_native.attend(q, k, v, wild, 0.3), cpu_native.attend(q, k, v, tame, 0.3), 1e-6)

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -304,10 +305,12 @@ class Worker {
     for (int64_t i = 0; i < c.n_runs; ++i) {
       const Runs& r = c.runs[i];
       const int32_t* start = r.start + (head * r.lists / c.heads * c.n_blocks + block) * r.listed;
-      const int32_t n = r.count[head * r.counts / c.heads * c.n_blocks + block];
-      for (int32_t j = 0; j < n; ++j) {
+      // Whatever a plan says, nothing outside of its tensors is read.
+      const int64_t n = std::min<int64_t>(
+          r.count[head * r.counts / c.heads * c.n_blocks + block], r.listed);
+      for (int64_t j = 0; j < n; ++j) {
         const int64_t stop = std::min<int64_t>(start[j] + r.width, c.kv_len);
-        for (int64_t slot = start[j]; slot < stop; ++slot) {
+        for (int64_t slot = std::max(start[j], 0); slot < stop; ++slot) {
           const int64_t key = order ? order[slot] : slot;
           if (key < c.sink || key >= end) continue;
           if (again) {
@@ -530,44 +533,53 @@ class Worker {
   int64_t first_row = 0, in_block = 0, n_rows = 0, padded = 0;
 };
 
+// False: no memory.
 template <class How>
-void run(const Call& call) {
+bool run(const Call& call) {
   const int64_t group = call.heads / call.units;
   const int64_t at_once = std::max<int64_t>(1, std::min(group, MOST_ROWS / call.block));
   const int64_t parts = (group + at_once - 1) / at_once;
   const int64_t tasks = call.units * parts * call.n_blocks;
   std::atomic<int64_t> next{0};
+  std::atomic<bool> complete{true};
   auto work = [&] {
-    Worker<How> worker(call, at_once * call.block);
-    for (int64_t task; (task = next++) < tasks;) {
-      // Later blocks see more keys: first, so that no long one is left at the end.
-      const int64_t block = call.n_blocks - 1 - task / (call.units * parts);
-      const int64_t unit = task / parts % call.units, part = task % parts;
-      const int64_t head = unit * group + part * at_once;
-      worker.run(head, std::min((unit + 1) * group, head + at_once), block);
+    try {
+      Worker<How> worker(call, at_once * call.block);
+      for (int64_t task; complete && (task = next++) < tasks;) {
+        // Later blocks see more keys: first, so that no long one is left at the end.
+        const int64_t block = call.n_blocks - 1 - task / (call.units * parts);
+        const int64_t unit = task / parts % call.units, part = task % parts;
+        const int64_t head = unit * group + part * at_once;
+        worker.run(head, std::min((unit + 1) * group, head + at_once), block);
+      }
+    } catch (const std::bad_alloc&) {
+      complete = false;
     }
   };
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(call.threads, tasks));
   std::vector<std::thread> others;
-  for (int i = 1; i < std::min<int64_t>(call.threads, tasks); ++i) others.emplace_back(work);
+  others.reserve(threads);
+  try {
+    while (static_cast<int64_t>(others.size()) < threads - 1) others.emplace_back(work);
+  } catch (const std::system_error&) {
+    // As many as the system gives; those there are do all tasks.
+  }
   work();
   for (auto& thread : others) thread.join();
+  return complete;
 }
 
 }  // namespace
 
 extern "C" int sparse_patch_attention(const Call* call) {
   try {
-    if (!call->bfloat16) {
-      run<Single<float>>(*call);
-    } else {
+    if (!call->bfloat16) return !run<Single<float>>(*call);
 #ifdef __AVX512BF16__
-      run<Pair>(*call);
+    return !run<Pair>(*call);
 #else
-      run<Single<uint16_t>>(*call);
+    return !run<Single<uint16_t>>(*call);
 #endif
-    }
   } catch (const std::bad_alloc&) {
     return 1;
   }
-  return 0;
 }
