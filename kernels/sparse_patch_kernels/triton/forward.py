@@ -111,13 +111,15 @@ def _span(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     INDEX: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-    NOT_SINK: tl.constexpr, NOT_WINDOW: tl.constexpr, BEFORE: tl.constexpr,
+    NOT_SINK: tl.constexpr, NOT_WINDOW: tl.constexpr,
+    REPEATS: tl.constexpr, LIST: tl.constexpr, ALL_UNITS: tl.constexpr, ALL_POOLS: tl.constexpr,
 ):  # fmt: skip
     """Attend tiles `[first, end)` of one run list.
 
     A run is UNITS keys long (pooled ones count as one). start: the list; list_len: its runs;
     n_keys: slots there are. order: the key, or for pooled lists the position, of each slot.
-    BEFORE: widths of the lists before this one whose keys it may name again; 0: it cannot.
+    LIST: number of the list, in ALL_UNITS and ALL_POOLS; REPEATS: it may name keys that unpooled
+    lists before it name.
     """
     lane = tl.arange(0, BLOCK_N)
     for tile in tl.range(first, end):
@@ -139,11 +141,11 @@ def _span(
             position = slot * POOL + (POOL - 1)
         else:
             position = slot
-        for j in tl.static_range(len(BEFORE)):
-            if BEFORE[j] > 0:
+        for j in tl.static_range(LIST):
+            if REPEATS and ALL_POOLS[j] == 1:
                 at = (head * start_lists[j] // heads * n_blocks + block).to(tl.int64)
                 n = tl.load(counts[j] + head * count_lists[j] // heads * n_blocks + block)
-                real = real & ~_lists(starts[j] + at * start_step[j], n, BEFORE[j], slot)
+                real = real & ~_lists(starts[j] + at * start_step[j], n, ALL_UNITS[j], slot)
         key = slot
         if ORDERED and POOL == 1:
             key = position
@@ -223,7 +225,7 @@ def block_sparse_forward(
     list_k, list_v, list_k_head, list_k_step, list_v_head, list_v_step, list_kv_heads,
     starts, start_lists, start_step, counts, count_lists, orders, order_lists, order_step,
     scale, softcap, sink, window,
-    UNITS: tl.constexpr, POOLS: tl.constexpr, RANKED: tl.constexpr, BEFORE: tl.constexpr,
+    UNITS: tl.constexpr, POOLS: tl.constexpr, RANKED: tl.constexpr, REPEATS: tl.constexpr,
     LISTS: tl.constexpr,
     SUB_ROWS: tl.constexpr, SUBS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
     ORDERED: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr,
@@ -307,7 +309,7 @@ def block_sparse_forward(
         clear = 0
         hidden = 0
         if (
-            not ORDERED and not RANKED[i] and len(BEFORE[i]) == 0
+            not ORDERED and not RANKED[i] and not REPEATS[i]
             and (UNITS[i] < BLOCK_N or UNITS[i] % BLOCK_N == 0)
         ):  # fmt: skip
             limit = first_row
@@ -331,7 +333,7 @@ def block_sparse_forward(
                     window, starts, start_lists, start_step, counts, count_lists, head0, heads,
                     block, n_blocks,
                     UNITS[i], POOLS[i], ORDERED, BLOCK_N, D, D0, D1, V, V0, V1, INDEX, SOFTCAP,
-                    True, True, WINDOW, BEFORE[i],
+                    True, True, WINDOW, REPEATS[i], i, UNITS, POOLS,
                 )  # fmt: skip
             acc0, acc1, best, total = _span(
                 acc0, acc1, best, total, q0, q1, row, clear, hidden,
@@ -340,7 +342,7 @@ def block_sparse_forward(
                 window, starts, start_lists, start_step, counts, count_lists, head0, heads,
                     block, n_blocks,
                 UNITS[i], POOLS[i], ORDERED, BLOCK_N, D, D0, D1, V, V0, V1, INDEX, SOFTCAP, False,
-                False, False, BEFORE[i],
+                False, False, REPEATS[i], i, UNITS, POOLS,
             )  # fmt: skip
         acc0, acc1, best, total = _span(
             acc0, acc1, best, total, q0, q1, row, hidden, tiles,
@@ -349,7 +351,7 @@ def block_sparse_forward(
             window, starts, start_lists, start_step, counts, count_lists, head0, heads,
                     block, n_blocks,
             UNITS[i], POOLS[i], ORDERED, BLOCK_N, D, D0, D1, V, V0, V1, INDEX, SOFTCAP, True,
-            POOLS[i] == 1 and SINK, POOLS[i] == 1 and WINDOW, BEFORE[i],
+            POOLS[i] == 1 and SINK, POOLS[i] == 1 and WINDOW, REPEATS[i], i, UNITS, POOLS,
         )  # fmt: skip
 
     if WINDOW:
@@ -511,7 +513,7 @@ def _list_arguments(lists: Sequence[KeyList], table: Tensor) -> dict[str, Any]:
         "UNITS": each(lambda one: one.units),
         "POOLS": each(lambda one: one.pool),
         "RANKED": each(lambda one: one.ranked),
-        "BEFORE": each(lambda one: one.before),
+        "REPEATS": each(lambda one: one.repeats),
         "LISTS": len(lists),
     }
 

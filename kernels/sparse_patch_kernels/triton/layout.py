@@ -55,7 +55,7 @@ class KeyList:
         k, v: `[kv heads, keys, dim]`: the call's own, or means.
         order: int32 `[orders, keys]` or None: the token in each slot, or the last of each group.
         base: the first key of each sequence in `k`, `v` and `order`.
-        before: widths of the earlier lists that may name the same keys; 0: cannot.
+        repeats: may it name keys that earlier unpooled lists name.
     """
 
     start: Tensor
@@ -67,7 +67,7 @@ class KeyList:
     v: Tensor
     order: Tensor | None
     base: tuple[int, ...]
-    before: tuple[int, ...]
+    repeats: bool
 
 
 def key_lists(k: Tensor, v: Tensor, plans: Sequence[BlockPlan]) -> tuple[KeyList, ...]:
@@ -86,14 +86,12 @@ def key_lists(k: Tensor, v: Tensor, plans: Sequence[BlockPlan]) -> tuple[KeyList
     lists: list[KeyList] = []
     for i, run in enumerate(plans[0].runs):
         start, count, ranked = _joined_runs([plan.runs[i] for plan in plans], several)
-        before: tuple[int, ...] = ()
-        if run.pool == 1 and any(one.pool == 1 for one in lists):
-            before = tuple(one.units if one.pool == 1 else 0 for one in lists)
+        repeats = run.pool == 1 and any(one.pool == 1 for one in lists)
         source = (k, v, order, kv_base)
         if run.pool > 1:
             source = _pooled(k, v, plans, run.pool)
         lists.append(
-            KeyList(start, count, run.width // run.pool, run.pool, ranked, *source, before)
+            KeyList(start, count, run.width // run.pool, run.pool, ranked, *source, repeats)
         )
     return tuple(lists)
 
