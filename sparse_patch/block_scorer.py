@@ -27,6 +27,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -183,7 +184,9 @@ class BlockScorer(Method):
         """The plan of a ranking cut to `count`; lists stay shared where heads share them."""
         aligned = grid.q_offset % grid.block_q == 0
         if count.shape[0] > order.shape[0] and aligned and self.rectify == "none":
-            start = (order[..., : int(count.max())] * grid.block_k).to(torch.int32)
+            # On a GPU, to read the longest list would wait for it; shared lists are small.
+            longest = int(count.max()) if count.device.type == "cpu" else grid.blocks
+            start = (order[..., :longest] * grid.block_k).to(torch.int32)
             runs = RunList(start, count.to(torch.int32), grid.block_k)
             return BlockPlan(grid.q_len, grid.kv_len, grid.block_q, (runs,))
         mask = selection.mask_of(order, count)
@@ -216,4 +219,9 @@ def per_head(value: float | tuple[float, ...], heads: int, device: torch.device)
         raise ValueError(
             f"{len(numbers)} values given per head, but this layer chooses blocks for {heads}"
         )
-    return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None, None]
+    return _on_device(numbers, device)[:, None, None]
+
+
+@lru_cache(64)  # to copy numbers to a GPU waits for it
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=device)

@@ -41,11 +41,11 @@ class LayerReport:
             layer=state.layer,
             calls=stats.sparse + stats.decode + stats.exact.total(),
             sparse_calls=stats.sparse + stats.decode,
-            density=stats.density / stats.sparse if stats.sparse else None,
+            density=float(stats.density) / stats.sparse if stats.sparse else None,
             recall=stats.recall / stats.measured if stats.measured else None,
             exact=dict(stats.exact),
             decode_calls=stats.decode,
-            decode_density=stats.decode_density / stats.decode if stats.decode else None,
+            decode_density=float(stats.decode_density) / stats.decode if stats.decode else None,
         )
 
 

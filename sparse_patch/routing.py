@@ -78,12 +78,15 @@ class Options:
 
 @dataclass
 class LayerStats:
-    """Counts of one layer; a call is one sequence in one forward. `sparse` is prefill only."""
+    """Counts of one layer; a call is one sequence in one forward. `sparse` is prefill only.
+
+    Sums of densities stay on the device that they are counted on: to read them would wait for it.
+    """
 
     sparse: int = 0
-    density: float = 0.0
+    density: float | Tensor = 0.0
     decode: int = 0
-    decode_density: float = 0.0
+    decode_density: float | Tensor = 0.0
     recall: float = 0.0
     measured: int = 0
     exact: Counter[str] = field(default_factory=Counter)
@@ -172,6 +175,10 @@ class LayerState:
         Methods choose by the plain logits: a soft cap keeps their order, and sinks take the same
         from every key of a row.
 
+        Where q or k holds NaN or infinity, a choice by logits means nothing. On the CPU such a call
+        is exact. Elsewhere to look would stop the device in every layer: there all of the output
+        becomes NaN, so that nothing hides what is broken.
+
         Args:
             q: `[heads, q_len, dim]`; k, v: `[kv_heads, kv_len, dim]`.
             row: the sequence's place in the batch.
@@ -187,7 +194,8 @@ class LayerState:
         if before is not None and not before.leads_to(k):
             before = None
         new = k if before is None else k[:, -1:]  # earlier steps have looked at the earlier keys
-        if not bool(torch.isfinite(q.sum(dtype=torch.float32) + new.sum(dtype=torch.float32))):
+        total = q.sum(dtype=torch.float32) + new.sum(dtype=torch.float32)
+        if not _waits(q) and not bool(torch.isfinite(total)):
             return "non-finite"
         try:
             backend = choose_backend(options.backend, q.device)
@@ -214,22 +222,29 @@ class LayerState:
             softcap=call.softcap,
             sinks=call.sinks,
         )
+        if _waits(q):
+            out += (total - total).to(out.dtype)  # 0, or NaN if anything was not finite
         if decodes:
             self.stats.decode += 1
-            self.stats.decode_density += plan.density
+            self.stats.decode_density = self.stats.decode_density + plan.head_density().mean()
         else:
             self._count_prefill(q, k, plan, call)
         return out
 
     def _count_prefill(self, q: Tensor, k: Tensor, plan: BlockPlan, call: Call) -> None:
         self.stats.sparse += 1
-        self.stats.density += plan.density
+        self.stats.density = self.stats.density + plan.head_density().mean()
         measure = self.options.measure_recall
         if measure:
             rows = None if measure is True else int(measure)
             kept = recall(q, k, plan, scale=call.scale, rows=rows, softcap=call.softcap)
             self.stats.recall += float(kept.mean())
             self.stats.measured += 1
+
+
+def _waits(x: Tensor) -> bool:
+    """Would reading a value of this tensor wait for a device that is behind?"""
+    return x.device.type != "cpu"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from sparse_patch_kernels import BackendUnavailable
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import sparse_patch
-from sparse_patch import SparsePatchWarning, patching
+from sparse_patch import SparsePatchWarning, patching, routing
 from sparse_patch.attention import attention_function
 from tests.zoo import tiny_model
 
@@ -400,6 +400,19 @@ def test_nan_in_q_runs_exact_and_warns(llama):
             got = logits(llama, tokens())
     assert bool(got.isnan().any())
     assert handle.report().exact == {"non-finite": 2}
+
+
+def test_on_a_gpu_one_infinity_in_a_key_shows_in_every_row(monkeypatch):
+    monkeypatch.setattr(routing, "_waits", lambda x: True)
+    q, k, v = (torch.randn(2, 256, 16) for _ in range(3))
+    k[1, -1, 3] = float("inf")  # which no row but the last sees
+    options = routing.Options(0, 1, "auto", False)
+    state = routing.LayerState(0, sparse_patch.get_method("a_shape", sink=8, window=64), options)
+    call = routing.Call(0.25, True, False, None, None, None, None, 0.0)
+    out = state.attend(q, k, v, call)
+    assert isinstance(out, torch.Tensor)
+    assert bool(out.isnan().all())
+    assert bool(torch.isfinite(state.attend(q, k.nan_to_num(posinf=0), v, call)).all())
 
 
 @pytest.mark.parametrize(

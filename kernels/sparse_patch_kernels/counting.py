@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .runs import RunList
 
+# Elements of the largest table that counting builds (64 MiB of int32).
+_MOST_COUNTS = 1 << 24
+
 if TYPE_CHECKING:
     from .plan import BlockPlan
 
@@ -19,11 +22,12 @@ def kept_pairs(plan: BlockPlan) -> tuple[Tensor, float]:
     device = plan.runs[0].start.device if plan.runs else None
     last = plan.last_rows(device)
     tokens = [run for run in plan.runs if run.pool == 1]
-    causal = int((last + 1).sum())
+    ends = plan.last_rows() + 1  # on the CPU: reading a GPU's would wait for it
+    causal = int(ends.sum())
     if len(tokens) == 1 and not (plan.sink or plan.window or plan.key_order is not None):
         (run,) = tokens
         kept = run.counts(plan.heads).sum(-1) * run.width
-        causal = int((last // run.width + 1).sum()) * run.width
+        causal = int(((ends - 1) // run.width + 1).sum()) * run.width
     elif plan.key_order is None:
         kept = covered(plan, last, tokens, plan.sink, plan.window)
     elif not (plan.sink or plan.window):
@@ -41,7 +45,9 @@ def kept_pairs(plan: BlockPlan) -> tuple[Tensor, float]:
 def _groups_seen(plan: BlockPlan, last: Tensor, run: RunList) -> Tensor:
     """int64 `[heads]`: groups of a pooled list that some row sees, summed over query blocks."""
     if plan.key_order is not None:
-        groups = RunList(run.start // run.pool, run.count, run.width // run.pool)
+        groups = RunList(
+            run.start // run.pool, run.count, run.width // run.pool, on_grid=run.on_grid
+        )
         return _reordered(plan, last, [groups], plan.group_ends(run.pool))
     start = run.expand(plan.heads)[0].long()
     length = torch.minimum(start + run.width, last[:, None] + 1) - start
@@ -53,6 +59,8 @@ def _reordered(plan: BlockPlan, last: Tensor, runs: list[RunList], order: Tensor
 
     `order [orders, slots]` is the position from which on each slot is visible.
     """
+    if len(runs) == 1 and runs[0].on_grid:
+        return _reordered_on_grid(plan, last, runs[0], order)
     n_slots = order.shape[1]
     order = order.repeat_interleave(plan.heads // order.shape[0], 0)
     kept = []
@@ -67,6 +75,29 @@ def _reordered(plan: BlockPlan, last: Tensor, runs: list[RunList], order: Tensor
             listed[block[:, None], slots.clamp(max=n_slots)] = True
         kept.append((listed[:, :-1] & (order[head] <= last[:, None])).sum())
     return torch.stack(kept)
+
+
+def _reordered_on_grid(plan: BlockPlan, last: Tensor, run: RunList, order: Tensor) -> Tensor:
+    """`_reordered` of one list whose runs lie on the grid of their width."""
+    heads, width = plan.heads, run.width
+    # What fills the last run up is after every row.
+    slots = torch.nn.functional.pad(order, (0, -order.shape[1] % width), value=plan.kv_len)
+    ranked = slots.view(len(order), -1, width).sort(dim=-1).values
+    limit = last.to(order.dtype)
+    step = max(1, _MOST_COUNTS // (ranked.shape[1] * len(last)))
+    kept = []
+    for first in range(0, heads, step):
+        head = torch.arange(first, min(first + step, heads), device=last.device)
+        mine = ranked[head * len(order) // heads]
+        # How many slots of each run the last row of each query block sees.
+        seen = torch.searchsorted(
+            mine, limit.expand(*mine.shape[:2], -1).contiguous(), right=True, out_int32=True
+        ).mT
+        count = run.count[head * run.count.shape[0] // heads]
+        listed = run.start[head * run.start.shape[0] // heads].long() // width
+        held = torch.arange(listed.shape[2], device=last.device) < count[..., None]
+        kept.append(seen.gather(2, listed).masked_fill_(~held, 0).sum((-1, -2)))
+    return torch.cat(kept)
 
 
 def covered(

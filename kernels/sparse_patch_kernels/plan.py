@@ -173,6 +173,11 @@ class BlockPlan:
                 raise ValueError(
                     f"BlockPlan: runs of width {run.width} must be ascending and disjoint"
                 )
+            if run.on_grid and bool((start % run.width)[valid].any()):
+                raise ValueError(
+                    f"BlockPlan: a run begins off the grid of its width, {run.width}, and its list "
+                    "says on_grid=True"
+                )
             if bool((start % run.pool)[valid].any()):
                 raise ValueError(
                     f"BlockPlan: a pooled run begins off the grid of its groups of {run.pool}"
@@ -215,7 +220,7 @@ class BlockPlan:
         return dataclasses.replace(self, q_len=q_len, kv_len=kv_len)
 
     def head_density(self) -> Tensor:
-        """float64 `[heads]`: kept / causal per head. See `density`."""
+        """float64 `[heads]`: kept / causal per head, see `density`. Does not wait for a GPU."""
         kept, causal = counting.kept_pairs(self)
         return kept.double() / causal
 

@@ -45,7 +45,7 @@ def block_sparse_attention(
             first, end = plan.row_range(block)
             rows = slice(first - plan.q_offset, end - plan.q_offset)
             queries = q[head, rows].to(acc) * scale
-            seen = plan.block_mask(head // per_list, block)
+            seen = plan.block_mask(head // per_list, block).to(q.device)
             logits = [_cap(queries @ keys.T, softcap).masked_fill(~seen, float("-inf"))]
             shown = [values]
             for run in plan.runs:

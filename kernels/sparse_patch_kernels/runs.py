@@ -41,12 +41,14 @@ class RunList:
         width: tokens in each run.
         pool: neighbours averaged into one key and one value; divides `width` and every start.
             1: none.
+        on_grid: every start is a multiple of `width`. To say so makes counting quicker.
     """
 
     start: Tensor
     count: Tensor
     width: int
     pool: int = 1
+    on_grid: bool = False
 
     def __post_init__(self) -> None:
         if self.start.ndim != 3 or self.count.ndim != 2:
@@ -83,7 +85,7 @@ class RunList:
             width, pool: see the class.
         """
         index, count = compact(mask)
-        return cls(index.mul_(width), count, width, pool)
+        return cls(index.mul_(width), count, width, pool, on_grid=True)
 
     @property
     def heads(self) -> int:

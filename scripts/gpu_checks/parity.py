@@ -72,6 +72,7 @@ def cases(scale: Scale) -> list[Case]:
         like("sink and window alone", kind="no runs"),
         like("key order", kind="order"),
         like("key order, sink and window", kind="order+sink+window"),
+        like("keys in order of segments", kind="segments"),
         like("ranked lists", kind="ranked", lists=2),
         like("ranked lists, sink and window", kind="ranked+sink+window", lists=2),
         like("rest pooled", kind="pooled"),
@@ -122,6 +123,10 @@ def make_plan(case: Case, seed: int) -> BlockPlan:
     if "order" in case.kind:
         orders = [torch.randperm(case.kv_len, generator=draw) for _ in range(case.kv_heads)]
         changes["key_order"] = torch.stack(orders).int()
+    if "segments" in case.kind:  # sorted within each two blocks, as PBS does
+        near = torch.arange(case.kv_len) // (2 * case.block_k)
+        shape = (case.kv_heads, case.kv_len)
+        changes["key_order"] = (near + 0.9 * torch.rand(shape, generator=draw)).argsort(-1).int()
     if "ranked" in case.kind:
         changes["runs"] = (_ranked(case, base, draw),)
     if "pooled" in case.kind:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +23,9 @@ from gpu_checks import inputs
 from gpu_checks.scale import Scale
 from gpu_checks.stage import LONGEST, Stage, Work
 
-DENSE = "dense"
+# Dense as the model does it, with the implementation that SDPA chooses; and with FlashAttention,
+# which the papers compare with.
+DENSE, FLASH = "dense", "dense, FlashAttention"
 METHODS = ("flexprefill", "proxyattn", "pbs")
 _MOST_ROUNDS = 3
 
@@ -91,12 +94,12 @@ class _Runs:
         scale = self.stage.scale
         parameters = sum(p.numel() for p in self.model.parameters())
         yield {"kind": "model", "layers": scale.layers, "parameters": parameters}
-        for name in (DENSE, *METHODS):
+        for name in (DENSE, FLASH, *METHODS):
             self.run(name, scale.prefills[0], seed=0)
 
     def measure(self, n: int) -> Iterable[Row]:
         """A row per method, over rounds in which they take turns."""
-        variants = [DENSE, *METHODS]
+        variants = [DENSE, FLASH, *METHODS]
         known, seconds = self.known
         self.stage.need(seconds * (n / known) ** 2)
         taken: dict[str, list[Row]] = {name: [] for name in variants}
@@ -109,9 +112,11 @@ class _Runs:
             if 2 * spent > self.stage.seconds_left or (turn + 2) * spent > LONGEST / 2:
                 break
         self.known = max(self.known, (n, spent))
-        dense = statistics.median(run["seconds"] for run in taken[DENSE])
+        medians = {
+            name: statistics.median(run["seconds"] for run in runs) for name, runs in taken.items()
+        }
         for name, runs in taken.items():
-            seconds = statistics.median(run["seconds"] for run in runs)
+            seconds = medians[name]
             yield {
                 "kind": "prefill",
                 "tokens": n,
@@ -121,7 +126,8 @@ class _Runs:
                 "all_seconds": [run["seconds"] for run in runs],
                 "seconds_per_layer": seconds / self.stage.scale.layers,
                 "seconds_32_layers_estimated": seconds / self.stage.scale.layers * 32,
-                "speed_up": dense / seconds,
+                "speed_up": medians[DENSE] / seconds,
+                "speed_up_over_flash": medians[FLASH] / seconds,
                 "density": runs[-1]["density"],
                 "exact_calls": runs[-1]["exact"],
                 "peak_gib": max(run["peak"] for run in runs) / 2**30,
@@ -137,8 +143,9 @@ class _Runs:
             device=device.torch,
         )
         device.forget_peak()
-        if name == DENSE:
-            seconds = prefill(self.model, ids).seconds
+        if name in (DENSE, FLASH):
+            with device.sdpa("flash") if name == FLASH else nullcontext():
+                seconds = prefill(self.model, ids).seconds
             return {"seconds": seconds, "density": None, "exact": {}, "peak": device.peak_bytes()}
         with sparse_patch.patch(
             self.model, self.methods[name], min_length=0, backend="triton"

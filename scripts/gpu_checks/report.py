@@ -76,12 +76,16 @@ def targets(rows: list[Row], scale: Scale) -> list[Target]:
 def _faster_prefill(rows: list[Row], method: str, least: float) -> Target:
     mine = [row for row in rows if row["method"] == method]
     return _target(
-        f"prefill with {method} above {least}x of dense, best of 128k and longer",
+        f"prefill with {method} above {least}x of dense with FlashAttention, as in its paper, best "
+        "of 128k and longer",
         mine,
-        lambda: max(row["speed_up"] for row in mine) > least,
+        lambda: max(row["speed_up_over_flash"] for row in mine) > least,
         lambda: _each(
             mine,
-            lambda r: f"{r['speed_up']:.2f}x at {r['tokens']:,}, density {_number(r['density'])}",
+            lambda r: (
+                f"{r['speed_up_over_flash']:.2f}x at {r['tokens']:,}, density "
+                f"{_number(r['density'])} ({r['speed_up']:.2f}x of what SDPA chooses)"
+            ),
         ),
     )
 
@@ -263,6 +267,7 @@ def _prefill(rows: list[Row]) -> list[str]:
             "method": row["method"],
             "seconds": f"{row['seconds']:.3f}",
             "speed_up": f"{row['speed_up']:.2f}x",
+            "over_flash": f"{row['speed_up_over_flash']:.2f}x",
             "density": _number(row["density"]),
             "layer": f"{row['seconds_per_layer'] * 1e3:.1f}",
             "whole": f"~{row['seconds_32_layers_estimated']:.2f}",
@@ -285,6 +290,7 @@ def _prefill(rows: list[Row]) -> list[str]:
                 "method": "method",
                 "seconds": "seconds",
                 "dense / this": "speed_up",
+                "FlashAttention / this": "over_flash",
                 "density": "density",
                 "a layer, ms": "layer",
                 "32 layers, s": "whole",

@@ -66,10 +66,11 @@ class FlexPrefill(Method):
         n_slash = n_slash.masked_fill(aware, least_blocks)
         first_row_block = q_offset // block
         mask = _line_blocks(vertical, slash, n_vertical, n_slash, first_row_block)
-        if bool(aware.any()):
-            pooled_q = pool_mean(q[aware], block, q_offset)
-            keys = pooled_k[torch.arange(q.shape[0], device=q.device)[aware] // _group(q, k)]
-            mask[aware] |= _map_blocks(pooled_q, keys, scale, self.gamma, first_row_block)
+        heads = aware.nonzero()[:, 0]  # on a GPU, waits for it: once, here
+        if len(heads):
+            pooled_q = pool_mean(q[heads], block, q_offset)
+            keys = pooled_k[heads // (q.shape[0] // k.shape[0])]
+            mask[heads] |= _map_blocks(pooled_q, keys, scale, self.gamma, first_row_block)
         mask = to_query_grid(mask, q_len, q_offset, block)
         return BlockPlan.from_block_mask(
             mask, block_q=block, block_k=block, q_len=q_len, kv_len=kv_len
@@ -101,10 +102,6 @@ class FlexPrefill(Method):
         middle = (estimate + vertical) / 2
         divergence = estimate * (estimate / middle).log() + vertical * (vertical / middle).log()
         return (divergence.sum(-1) / 2).sqrt() < self.tau
-
-
-def _group(q: Tensor, k: Tensor) -> int:
-    return q.shape[0] // k.shape[0]
 
 
 def _line_blocks(

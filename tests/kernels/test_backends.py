@@ -56,6 +56,11 @@ def variants(shape, lists=None):
         mask, block_q=block_q, block_k=block_k, q_len=q_len, kv_len=kv_len
     )
     order = torch.stack([torch.randperm(kv_len) for _ in range(kv_heads)])
+    # Shuffled within each two blocks: later keys stay behind earlier ones, as in PBS.
+    segments = torch.stack([
+        (torch.arange(kv_len) // (2 * block_k) + torch.rand(kv_len) * 0.9).argsort()
+        for _ in range(kv_heads)
+    ])  # fmt: skip
     change = dataclasses.replace
     return {
         "blocks": base,
@@ -73,6 +78,8 @@ def variants(shape, lists=None):
         "two lists": change(base, runs=(*base.runs, *base.runs)),
         "order": change(base, key_order=order),
         "order+sink+window": change(base, key_order=order, sink=2, window=9),
+        "segments": change(base, key_order=segments),
+        "segments+window": change(base, key_order=segments, window=9),
         **pooled_variants(base, block_k, order),
         **ranked_variants(base, heads, block_k),
     }

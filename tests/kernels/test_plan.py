@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_patch_kernels import BlockPlan, RunList
+from sparse_patch_kernels import BlockPlan, RunList, counting
 
 
 def runs(starts, counts, width):
@@ -105,6 +105,31 @@ def test_block_mask_density_is_kept_over_causal_blocks(q_len, kv_len):
     kept = (mask & causal).sum((1, 2)) / causal.sum()
     assert torch.allclose(plan.head_density(), kept.double())
     assert plan.density == pytest.approx(float(kept.mean()))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len", "width"), [(64, 64, 16), (50, 75, 16), (33, 90, 8)])
+@pytest.mark.parametrize("pool", [1, 4])
+def test_density_of_reordered_runs_on_the_grid(q_len, kv_len, width, pool, monkeypatch):
+    """Counted from sorted positions, a few heads at a time, as slot by slot."""
+    monkeypatch.setattr(counting, "_MOST_COUNTS", 70)
+    draw = torch.Generator().manual_seed(q_len)
+    mask = torch.rand(4, -(-q_len // 16), -(-kv_len // width), generator=draw) < 0.6
+    order = torch.stack([torch.randperm(kv_len, generator=draw) for _ in range(2)])
+    if pool > 1:
+        mask[..., -1] = False  # a run there may be cut short
+    runs = RunList.from_mask(mask, width, pool)
+    assert runs.on_grid
+    plan = BlockPlan(q_len, kv_len, 16, (runs,), key_order=order)
+    slow = dataclasses.replace(plan, runs=(dataclasses.replace(runs, on_grid=False),))
+    assert torch.equal(plan.head_density(), slow.head_density())
+    assert float(plan.head_density().min()) > 0
+
+
+def test_a_list_that_claims_a_grid_must_be_on_it():
+    start = torch.tensor([[[0, 24]]], dtype=torch.int32)
+    runs = RunList(start, torch.tensor([[2]], dtype=torch.int32), 16, on_grid=True)
+    with pytest.raises(ValueError, match="off the grid of its width, 16"):
+        BlockPlan(64, 64, 64, (runs,))
 
 
 def test_block_mask_round_trip_is_token_exact():

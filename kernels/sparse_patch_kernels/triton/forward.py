@@ -136,7 +136,10 @@ def _span(
             slot = tl.load(start + run, mask=real, other=0) // POOL + column % UNITS
             real = real & (slot < n_keys)
         if ORDERED:
-            position = tl.load(order + slot, mask=real, other=0)
+            if MASKED:
+                position = tl.load(order + slot, mask=real, other=0)
+            else:
+                position = tl.load(order + slot)
         elif POOL > 1:
             position = slot * POOL + (POOL - 1)
         else:
@@ -189,6 +192,25 @@ def _runs_until(start, n, last):
 
 
 @triton.jit
+def _runs_within(start, n, reach, n_keys, limit, UNITS: tl.constexpr, POOL: tl.constexpr):
+    """How many runs of an ascending list come before the first that is cut short, or by which a
+    slot has held a token after `limit`."""
+    low = 0
+    high = n
+    while low < high:
+        middle = (low + high) // 2
+        end = tl.load(start + middle) // POOL + UNITS
+        within = end <= n_keys
+        if within:
+            within = tl.load(reach + end - 1) <= limit
+        if within:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
 def _range(
     acc0, acc1, best, total, q0, q1, row, first, end, base,
     k, k_step, v, v_step, scale, softcap, sink, window,
@@ -223,8 +245,8 @@ def block_sparse_forward(
     q_head, q_step, k_head, k_step, v_head, v_step, out_head, out_step,
     # one entry a run list
     list_k, list_v, list_k_head, list_k_step, list_v_head, list_v_step, list_kv_heads,
-    starts, start_lists, start_step, counts, count_lists, orders, order_lists, order_step,
-    scale, softcap, sink, window,
+    starts, start_lists, start_step, counts, count_lists, orders, reaches, order_lists,
+    order_step, scale, softcap, sink, window,
     UNITS: tl.constexpr, POOLS: tl.constexpr, RANKED: tl.constexpr, REPEATS: tl.constexpr,
     LISTS: tl.constexpr,
     SUB_ROWS: tl.constexpr, SUBS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
@@ -294,9 +316,12 @@ def block_sparse_forward(
         k_here = list_k[i] + list_head * list_k_head[i]
         v_here = list_v[i] + list_head * list_v_head[i]
         order = orders[i]
+        reach = reaches[i]
         key_base = tl.load(entry + 5 + i)
         if ORDERED:
-            order += (head0 * order_lists[i] // heads).to(tl.int64) * order_step[i] + key_base
+            at = (head0 * order_lists[i] // heads).to(tl.int64) * order_step[i] + key_base
+            order += at
+            reach += at
         bias = 0.0
         if POOLS[i] > 1:
             bias = tl.log2(POOLS[i] * 1.0)
@@ -309,13 +334,16 @@ def block_sparse_forward(
         clear = 0
         hidden = 0
         if (
-            not ORDERED and not RANKED[i] and not REPEATS[i]
+            not (ORDERED and SINK) and not RANKED[i] and not REPEATS[i]
             and (UNITS[i] < BLOCK_N or UNITS[i] % BLOCK_N == 0)
         ):  # fmt: skip
             limit = first_row
             if POOLS[i] == 1 and WINDOW:
                 limit = first_row - window
-            runs = _runs_until(start, n, limit + 1 - UNITS[i] * POOLS[i])
+            if ORDERED:
+                runs = _runs_within(start, n, reach, n_keys, limit, UNITS[i], POOLS[i])
+            else:
+                runs = _runs_until(start, n, limit + 1 - UNITS[i] * POOLS[i])
             first_run = 0
             if POOLS[i] == 1 and SINK:
                 first_run = tl.minimum(runs, _runs_until(start, n, sink - 1))
@@ -493,7 +521,9 @@ def _list_arguments(lists: Sequence[KeyList], table: Tensor) -> dict[str, Any]:
     def each(of: Callable[[KeyList], Any]) -> tuple[Any, ...]:
         return tuple(of(one) for one in lists)
 
-    orders = [table if one.order is None else one.order for one in lists]  # a pointer, never read
+    # Pointers that are never read stand for orders that are not there.
+    orders = [table if one.order is None else one.order for one in lists]
+    reaches = [table if one.reach is None else one.reach for one in lists]
     return {
         "list_k": each(lambda one: one.k),
         "list_v": each(lambda one: one.v),
@@ -508,6 +538,7 @@ def _list_arguments(lists: Sequence[KeyList], table: Tensor) -> dict[str, Any]:
         "counts": each(lambda one: one.count),
         "count_lists": each(lambda one: one.count.shape[0]),
         "orders": tuple(orders),
+        "reaches": tuple(reaches),
         "order_lists": tuple(x.shape[0] for x in orders),
         "order_step": tuple(x.shape[1] for x in orders),
         "UNITS": each(lambda one: one.units),

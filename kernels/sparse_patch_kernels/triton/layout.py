@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class KeyList:
         ranked: runs are in no order.
         k, v: `[kv heads, keys, dim]`: the call's own, or means.
         order: int32 `[orders, keys]` or None: the token in each slot, or the last of each group.
+        reach: int32 like `order`: the latest token in a slot of the sequence up to here.
         base: the first key of each sequence in `k`, `v` and `order`.
         repeats: may it name keys that earlier unpooled lists name.
     """
@@ -66,6 +68,7 @@ class KeyList:
     k: Tensor
     v: Tensor
     order: Tensor | None
+    reach: Tensor | None
     base: tuple[int, ...]
     repeats: bool
 
@@ -79,21 +82,27 @@ def key_lists(k: Tensor, v: Tensor, plans: Sequence[BlockPlan]) -> tuple[KeyList
     """
     kv_base = _starts([plan.kv_len for plan in plans])
     several = sum(run.pool == 1 for run in plans[0].runs) > 1
-    order = None
-    if plans[0].key_order is not None:
-        order = _joined([plan.key_order for plan in plans if plan.key_order is not None])
-        order = order.to(torch.int32).contiguous()
+    orders = [plan.key_order for plan in plans if plan.key_order is not None]
     lists: list[KeyList] = []
     for i, run in enumerate(plans[0].runs):
         start, count, ranked = _joined_runs([plan.runs[i] for plan in plans], several)
         repeats = run.pool == 1 and any(one.pool == 1 for one in lists)
-        source = (k, v, order, kv_base)
+        source = (k, v, *_order_and_reach(orders), kv_base)
         if run.pool > 1:
             source = _pooled(k, v, plans, run.pool)
         lists.append(
             KeyList(start, count, run.width // run.pool, run.pool, ranked, *source, repeats)
         )
     return tuple(lists)
+
+
+def _order_and_reach(orders: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """`KeyList.order` and `reach` from the order of each sequence, `[lists, slots]`."""
+    if not orders:
+        return None, None
+    orders = [order.to(torch.int32) for order in orders]
+    reach = [order.cummax(1).values for order in orders]
+    return _joined(orders).contiguous(), _joined(reach).contiguous()
 
 
 def _joined_runs(runs: Sequence[RunList], ascending: bool) -> tuple[Tensor, Tensor, bool]:
@@ -120,8 +129,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _pooled(
     k: Tensor, v: Tensor, plans: Sequence[BlockPlan], pool: int
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...]]:
-    """Means of each `pool` keys and values, what `KeyList.order` says of them, and their bases."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
+    """Means of each `pool` keys and values, their `KeyList.order` and `reach`, and their bases."""
     bases = _starts([plan.kv_len for plan in plans])
     keys, values, ends = [], [], []
     for plan, base in zip(plans, bases, strict=True):
@@ -130,9 +139,9 @@ def _pooled(
         keys.append(_means(k[:, own], order, pool))
         values.append(_means(v[:, own], order, pool))
         if order is not None:
-            ends.append(plan.group_ends(pool).to(torch.int32))
-    joined = _joined(ends).contiguous() if ends else None
-    return _joined(keys), _joined(values), joined, _starts([one.shape[1] for one in keys])
+            ends.append(plan.group_ends(pool))
+    bases = _starts([one.shape[1] for one in keys])
+    return _joined(keys), _joined(values), *_order_and_reach(ends), bases
 
 
 def _means(x: Tensor, order: Tensor | None, pool: int) -> Tensor:
@@ -156,16 +165,27 @@ def block_table(
     First row in q, rows of the block, position of the first, first key in k, keys of the sequence;
     then the first key of the sequence in each list's own keys.
     """
-    q_base = _starts([plan.q_len for plan in plans])
-    kv_base = _starts([plan.kv_len for plan in plans])
+    lengths = tuple((plan.q_len, plan.kv_len) for plan in plans)
+    return _block_table(lengths, plans[0].block_q, tuple(one.base for one in lists), device)
+
+
+@lru_cache(64)  # the layers of a model ask for the same
+def _block_table(
+    lengths: tuple[tuple[int, int], ...],
+    block_q: int,
+    bases: tuple[tuple[int, ...], ...],
+    device: torch.device,
+) -> Tensor:
+    q_base = _starts([q_len for q_len, _ in lengths])
+    kv_base = _starts([kv_len for _, kv_len in lengths])
     parts = []
-    for i, plan in enumerate(plans):
-        first = torch.arange(plan.n_q_blocks, device=device, dtype=torch.int32) * plan.block_q
-        same = [kv_base[i], plan.kv_len, *(one.base[i] for one in lists)]
-        columns = [first + q_base[i], (plan.q_len - first).clamp(max=plan.block_q),
-                   first + plan.q_offset, *(torch.full_like(first, x) for x in same)]  # fmt: skip
+    for i, (q_len, kv_len) in enumerate(lengths):
+        first = torch.arange(0, q_len, block_q, dtype=torch.int32)
+        same = [kv_base[i], kv_len, *(base[i] for base in bases)]
+        columns = [first + q_base[i], (q_len - first).clamp(max=block_q),
+                   first + kv_len - q_len, *(torch.full_like(first, x) for x in same)]  # fmt: skip
         parts.append(torch.stack(columns, 1))
-    return torch.cat(parts)
+    return torch.cat(parts).to(device)
 
 
 def schedule(
@@ -177,13 +197,15 @@ def schedule(
     that the last to finish are short.
     """
     blocks = len(table)
-    seen = table[:, 2] + table[:, 1]
-    work = seen.clamp(max=plans[0].sink + plans[0].window).expand(units, blocks)
+    work = table.new_zeros(1, 1)
+    if plans[0].sink or plans[0].window:
+        seen = table[:, 2] + table[:, 1]
+        work = seen.clamp(max=plans[0].sink + plans[0].window)[None]
     for one in lists:
-        heads = torch.arange(units, device=table.device) * one.count.shape[0] // units
-        work = work + one.count[heads] * one.units
-    order = work.reshape(kv_heads, -1).argsort(dim=1, descending=True)
-    first = torch.arange(kv_heads, device=table.device) * order.shape[1]
+        work = work + one.count.repeat_interleave(units // len(one.count), 0) * one.units
+    work = work.expand(units, blocks).reshape(kv_heads, -1)
+    order = work.argsort(dim=1, descending=True)
+    first = torch.arange(0, units * blocks, work.shape[1], device=table.device)
     return (order + first[:, None]).flatten().to(torch.int32)
 
 
