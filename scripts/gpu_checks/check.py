@@ -37,7 +37,7 @@ def check(options: argparse.Namespace, shares: Mapping[str, float]) -> int:
         shares: of each stage; what one leaves is for those after it.
     """
     started, scale = time.time(), TOY if options.dry_run else FULL
-    about = machine()
+    about = machine() | ({"git": options.commit} if options.commit else {})
     gpu = Device(scale.on_gpu).describe()
     name = options.name or re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def check(options: argparse.Namespace, shares: Mapping[str, float]) -> int:
     results: dict[str, Any] = {
         "gpu": gpu,
         "machine": {**about, "triton": version("triton")},
-        "commit": options.commit or about["git"],
+        "commit": about["git"],
         "command": " ".join(["scripts/gpu_check.sh", *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "dry_run": options.dry_run,
