@@ -10,22 +10,31 @@ drift of the machine hits all alike; the speed-up is the median of the rounds' r
 `speedup.png` into the output folder. A run that was stopped goes on where it was: rounds whose
 lines are all there are not run again.
 
-"Dense" is the unpatched model: PyTorch SDPA as Transformers calls it.
+"Dense" is the unpatched model: PyTorch SDPA as Transformers calls it. `--peer` times other engines
+on the same prompts, each in a process of its own that waits meanwhile; what they load is the .gguf
+file of the model. `--peer-python` names a Python that has them:
+
+    python -m venv peers && peers/bin/pip install openvino-genai xllamacpp
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from prefill_peers import PEERS, Peer, gguf_of
 from sparse_patch_eval.console import console, progress, user_errors
 from sparse_patch_eval.models import load_for_lengths
 from sparse_patch_eval.options import parse_lengths, parse_method
+from sparse_patch_eval.peak import with_peak
 from sparse_patch_eval.plots import plot
 from sparse_patch_eval.prefill import prefill
 from sparse_patch_eval.rows import RowFile, describe_machines
@@ -49,6 +58,8 @@ class Cell:
         speed_up: median of dense / method, paired by round; `low`, `high`: its range.
         density: kept / causal, mean; None if all calls were exact.
         exact: share of attention calls that ran exact.
+        peak: the most memory, as a share of dense's in the same round, median; None if unknown.
+        agrees: share of rounds with dense's next token.
     """
 
     length: int
@@ -60,6 +71,8 @@ class Cell:
     high: float
     density: float | None
     exact: float
+    peak: float | None
+    agrees: float
 
 
 def main(
@@ -76,6 +89,11 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Round r draws its prompt with seed + r.")] = 0,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Another engine, of {', '.join(PEERS)}; may repeat."),
+    ] = None,
+    peer_python: Annotated[str, typer.Option(help="Python that has the engines.")] = sys.executable,
 ) -> None:
     """Measure time-to-first-token of dense and sparse prefill."""
     with user_errors():
@@ -83,27 +101,54 @@ def main(
         methods = {spec: parse_method(spec) for spec in specs}
         wanted = parse_lengths(lengths)
         prose = long_text(text)
+        peers = peer or []
+        if unknown := set(peers) - set(PEERS):
+            raise ValueError(f"--peer {', '.join(unknown)}: choose of {', '.join(PEERS)}")
     setup = {"model": model, "dtype": dtype, "device": device, "text": text}
     file = RowFile(output / "runs.jsonl", setup)
+    names = [*specs, *peers]
     todo = {
-        length: [r for r in range(repeats) if not _complete(file.rows, length, seed + r, specs)]
+        length: [r for r in range(repeats) if not _complete(file.rows, length, seed + r, names)]
         for length in wanted
     }
-    with progress() as bar:
-        task = bar.add_task("prefills", total=(1 + len(specs)) * sum(map(len, todo.values())))
-        for row in _measure(todo, methods, prose, seed, setup):
+    left = sum(map(len, todo.values()))
+    with contextlib.ExitStack() as stack, user_errors():
+        engines = _start(
+            stack, peers if left else [], peer_python, setup, max(*wanted, WARM_UP_TOKENS)
+        )
+        bar = stack.enter_context(progress())
+        task = bar.add_task("prefills", total=(1 + len(names)) * left)
+        for row in _measure(todo, methods, engines, prose, seed, setup):
             file.add(row)
             bar.advance(task)
-    cells = [cell for length in wanted for cell in _cells(file.rows, length, specs)]
+    cells = [cell for length in wanted for cell in _cells(file.rows, length, names)]
     table = _markdown(cells, text, describe_machines(file.rows))
     (output / "table.md").write_text(table)
     console.print(table, markup=False)
     plot(output / "speedup.png", lambda axes: _draw(axes, cells, f"{model}, {dtype}"))
 
 
+def _start(
+    stack: contextlib.ExitStack,
+    names: Sequence[str],
+    python: str,
+    setup: Mapping[str, str],
+    longest: int,
+) -> dict[str, Peer]:
+    """Engines by name, which end with the stack."""
+    if not names:
+        return {}
+    if setup["device"] != "cpu":
+        raise ValueError(f"--peer with --device {setup['device']}: the engines run on the CPU")
+    gguf = stack.enter_context(gguf_of(setup["model"]))
+    options = {"dtype": setup["dtype"], "threads": torch.get_num_threads(), "longest": longest}
+    return {name: stack.enter_context(Peer(name, python, gguf, **options)) for name in names}
+
+
 def _measure(
     todo: dict[int, list[int]],
     methods: dict[str, Method],
+    engines: Mapping[str, Peer],
     prose: str,
     seed: int,
     setup: dict[str, str],
@@ -116,11 +161,18 @@ def _measure(
             warm = passkey_prompt(tokenizer, WARM_UP_TOKENS, text=prose, seed=seed - 1).input_ids
             for variant in (None, *methods.values()):
                 _timed(model, warm.to(model.device), variant)
+            for engine in engines.values():
+                engine.prefill(warm[0].tolist())
             warmed = model
         for round_ in todo[length]:
-            prompt = passkey_prompt(tokenizer, length, text=prose, seed=seed + round_)
-            for name in _rotated([DENSE, *methods], round_):
-                measured = _timed(model, prompt.input_ids.to(model.device), methods.get(name))
+            prompt = passkey_prompt(tokenizer, length, text=prose, seed=seed + round_).input_ids
+            for name in _rotated([DENSE, *methods, *engines], round_):
+                if name in engines:
+                    measured = _asked(engines[name], prompt[0].tolist())
+                else:
+                    measured = _timed(model, prompt.to(model.device), methods.get(name))
+                if isinstance(measured["token"], int):  # engines may answer in text
+                    measured["token"] = tokenizer.decode([measured["token"]])
                 yield {"length": length, "seed": seed + round_, "method": name, **measured}
 
 
@@ -133,14 +185,23 @@ def _models(
         )
 
 
+def _asked(engine: Peer, ids: list[int]) -> dict[str, Any]:
+    return {**engine.prefill(ids), "version": engine.version, "density": None, "calls": None}
+
+
 def _timed(model: PreTrainedModel, ids: Any, method: Method | None) -> dict[str, Any]:
     if method is None:
-        return {"seconds": prefill(model, ids).seconds, "density": None, "calls": None}
+        return {**_prefilled(model, ids), "density": None, "calls": None}
     with sparse_patch.patch(model, method) as handle:
-        seconds = prefill(model, ids).seconds
+        measured = _prefilled(model, ids)
         report = handle.report()
     calls = {"sparse": report.sparse_calls, "exact": report.exact}
-    return {"seconds": seconds, "density": report.density, "calls": calls}
+    return {**measured, "density": report.density, "calls": calls}
+
+
+def _prefilled(model: PreTrainedModel, ids: Any) -> dict[str, Any]:
+    done, peak = with_peak(lambda: prefill(model, ids), model.device)
+    return {"seconds": done.seconds, "token": int(done.logits.argmax()), "peak": peak}
 
 
 def _complete(rows: list[dict[str, Any]], length: int, seed: int, specs: list[str]) -> bool:
@@ -156,11 +217,13 @@ def _rotated(names: list[str], by: int) -> list[str]:
 def _cells(rows: list[dict[str, Any]], length: int, specs: list[str]) -> list[Cell]:
     # A later row of the same seed replaces an earlier one: a round that was cut short is run anew.
     latest = {(r["method"], r["seed"]): r for r in rows if r["length"] == length}
-    dense = {seed: row["seconds"] for (name, seed), row in latest.items() if name == DENSE}
+    dense = {seed: row for (name, seed), row in latest.items() if name == DENSE}
     cells = []
     for name in (DENSE, *specs):
         runs = [row for (n, seed), row in latest.items() if n == name and seed in dense]
-        ratios = [dense[row["seed"]] / row["seconds"] for row in runs]
+        ratios = [dense[row["seed"]]["seconds"] / row["seconds"] for row in runs]
+        peaks = [r["peak"] / dense[r["seed"]]["peak"] for r in runs if r.get("peak")]
+        same = [row.get("token") == dense[row["seed"]].get("token") for row in runs]
         densities = [row["density"] for row in runs if row["density"] is not None]
         exact = [sum(r["calls"]["exact"].values()) for r in runs if r["calls"]]
         sparse = [r["calls"]["sparse"] for r in runs if r["calls"]]
@@ -175,6 +238,8 @@ def _cells(rows: list[dict[str, Any]], length: int, specs: list[str]) -> list[Ce
                 high=max(ratios),
                 density=statistics.mean(densities) if densities else None,
                 exact=sum(exact) / max(1, sum(exact) + sum(sparse)),
+                peak=statistics.median(peaks) if peaks else None,
+                agrees=statistics.mean(same),
             )
         )
     return cells
@@ -182,17 +247,20 @@ def _cells(rows: list[dict[str, Any]], length: int, specs: list[str]) -> list[Ce
 
 def _markdown(cells: list[Cell], text: str, about: str) -> str:
     lines = [
-        "| tokens | method | time-to-first-token, s | speed-up (range) | density | exact calls |",
-        "|---:|---|---:|---:|---:|---:|",
+        "| tokens | method | time-to-first-token, s | speed-up (range) | density | exact calls "
+        "| peak memory | same next token |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for cell in cells:
         ratio = f"{cell.speed_up:.2f}x ({cell.low:.2f}-{cell.high:.2f})"
         density = "" if cell.density is None else f"{cell.density:.3f}"
-        is_dense = cell.method == DENSE
+        is_dense, is_peer = cell.method == DENSE, cell.method in PEERS
+        peak = "" if cell.peak is None else f"{cell.peak:.3f}x"
         lines.append(
             f"| {cell.length:,} | {cell.method} | {cell.seconds:.2f} | "
             f"{'1' if is_dense else ratio} | {density} | "
-            f"{'' if is_dense else format(cell.exact, '.0%')} |"
+            f"{'' if is_dense or is_peer else format(cell.exact, '.0%')} | {peak} "
+            f"| {'' if is_dense else format(cell.agrees, '.0%')} |"
         )
     lines += [
         "",

@@ -1,10 +1,12 @@
 """The command line and the bench script, on a tiny local model: nothing is downloaded."""
 
+import contextlib
 import json
 import re
 
 import pytest
 import torch
+import typer
 from sparse_patch_eval import options
 from sparse_patch_eval.cli import app
 from sparse_patch_eval.prefill import decode, kl_divergence, machine, prefill
@@ -209,6 +211,72 @@ def test_bench_measures_in_rounds_and_goes_on_where_it_stopped(folder, bench, mo
     monkeypatch.setattr(bench, "_timed", lambda *a: timed.append(a) or original(*a))
     bench.main(**options)
     assert len(timed) == 3 + 3  # a warm-up each, and the one round that was cut short
+
+
+FAKE_ENGINE = """
+class CommonParams:
+    class Any: pass
+    model, cpuparams, cpuparams_batch = Any(), Any(), Any()
+
+class Server:
+    def __init__(self, params):
+        assert params.model.path == "some.gguf" and params.n_ctx > 1200
+        print("engines print what they like")
+
+    def handle_completions(self, wish):
+        if len(wish["prompt"]) == 1200:
+            raise SystemExit("out of slots")
+        return {"choices": [{"text": str(len(wish["prompt"]))}]}
+"""
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch, bench):
+    """A package `xllamacpp` that answers with the length of the prompt, and dies at 1,200."""
+    (tmp_path / "xllamacpp.py").write_text(FAKE_ENGINE)
+    about = tmp_path / "xllamacpp-7.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: xllamacpp\nVersion: 7\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(bench, "gguf_of", lambda model: contextlib.nullcontext("some.gguf"))
+
+
+def test_bench_times_other_engines_on_the_same_prompts(folder, bench, engine, capsys, tmp_path):
+    options = {
+        "output": tmp_path / "out",
+        "model": str(folder / "model"),
+        "text": str(folder / "prose.txt"),
+        "method": ["a_shape:window=256"],
+        "repeats": 1,
+        "peer": ["llama.cpp"],
+    }
+    bench.main(**options, lengths="1100")
+    rows = [json.loads(line) for line in (tmp_path / "out/runs.jsonl").read_text().splitlines()]
+    (other,) = [row for row in rows if row["method"] == "llama.cpp"]
+    assert (other["token"], other["version"], other["calls"]) == ("1100", "7", None)
+    assert other["seconds"] > 0
+    dense = next(row for row in rows if row["method"] == bench.DENSE)
+    assert dense["peak"] is None or dense["peak"] > 2**20
+    assert "| 1,100 | llama.cpp |" in (tmp_path / "out/table.md").read_text()
+    with pytest.raises(typer.Exit):
+        bench.main(**options, lengths="1200")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--peer llama.cpp ended by itself" in said
+    assert "out of slots" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peer": ["vllm"]}, "--peer vllm: choose of openvino, openvino:trishape"),
+        ({"peer": ["openvino"]}, "other engines load .gguf files, or smollm2"),
+        ({"peer": ["openvino"], "device": "cuda"}, "--peer with --device cuda"),
+    ],
+)
+def test_bench_refuses_engines_that_cannot_run(folder, bench, capsys, tmp_path, changes, message):
+    with pytest.raises(typer.Exit):
+        bench.main(tmp_path, model=str(folder / "model"), text=str(folder / "prose.txt"), **changes)
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_bench_ratios_are_paired_by_round(bench):

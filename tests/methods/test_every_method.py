@@ -1,13 +1,10 @@
 """What must hold of any method, whatever it chooses."""
 
-import ctypes
-import gc
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_patch_eval.peak import peak_is_known, resident_bytes, with_peak
 from sparse_patch_kernels import block_sparse_attention
 
 from sparse_patch import get_method, list_methods
@@ -173,25 +170,14 @@ def test_sparse_examples_drop_something(name):
 
 
 NEEDS_GLIBC = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"),
-    reason="reads Linux's /proc and calls glibc",
+    not peak_is_known(torch.device("cpu")), reason="reads Linux's /proc and calls glibc"
 )
 
 
 def peak_growth(work):
     """Bytes by which the resident memory of this process grew at most while `work()` ran."""
-
-    def resident(field):
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if field in x)
-        return int(line.split()[1]) * 1024
-
-    gc.collect()
-    # What earlier tests freed would be used again, and growth not seen: give it back.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    before = resident("VmRSS")
-    work()
-    return resident("VmHWM") - before
+    before, peak = with_peak(lambda: (resident_bytes(), work())[0], torch.device("cpu"))
+    return peak - before
 
 
 @NEEDS_GLIBC
