@@ -39,8 +39,8 @@ TIMED_PLANS = 3
 LONGEST_WAIT = 16
 # A plan is charged at most so many exact calls: what took longer was a machine that stood still.
 MOST_LOST = 4
-# Latest calls of exact attention that tell how fast the machine is at present.
-PACE_CALLS = 5
+# Latest times of a kind whose median counts: one plan may be slow because the machine was busy.
+LATEST = 5
 
 
 @dataclass
@@ -68,9 +68,11 @@ class Budget:
         clock: seconds, of any origin.
         credit: seconds that plans may lose; `opened` says whether a first call has put some in.
         waits: by layer.
-        plans: seconds a pair of the latest timed plans, by the size of their calls.
-        paces: measured / expected seconds of the latest exact calls: a busy machine is slower than
-            it was when its costs were measured, in planning too.
+        plans: seconds a pair of the latest plans, by the size of their calls.
+        ops: measured / expected seconds of the latest calls of the op.
+        paces: the same of exact calls, those of long ago forgotten. A busy machine is slower than
+            it was when its costs were measured, in planning too, so plans are timed by this pace.
+        unpaced: calls since the last of them.
     """
 
     layers: int
@@ -80,7 +82,9 @@ class Budget:
     opened: bool = False
     waits: dict[int, Wait] = field(default_factory=dict)
     plans: dict[int, deque[float]] = field(default_factory=dict)
-    paces: deque[float] = field(default_factory=lambda: deque(maxlen=PACE_CALLS))
+    ops: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
+    paces: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
+    unpaced: int = 0
 
     def bill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, plain: bool) -> Bill:
         """For a call with q `[heads, q_len, dim]`, k and v `[kv_heads, kv_len, ...]`.
@@ -93,6 +97,9 @@ class Budget:
 
     def earn(self, exact: float) -> None:
         """A call comes in that takes so many seconds exact."""
+        self.unpaced += 1
+        if self.unpaced > 2 * self.layers:
+            self.paces.clear()
         if not self.opened:
             self.opened, self.credit = True, SHARE * self.layers * exact
         else:
@@ -107,9 +114,10 @@ class Budget:
         """The seconds that the account holds at most."""
         return 2 * SHARE * self.layers * exact
 
-    def pace(self) -> float | None:
-        """Measured / expected seconds at present; None: no exact call was timed."""
-        return statistics.median_low(self.paces) if self.paces else None
+    def pace(self) -> float:
+        """Measured / expected seconds of attention at present; 1 before any was timed."""
+        latest = self.paces or self.ops
+        return statistics.median_low(latest) if latest else 1.0
 
     def least_plan_seconds(self, work: Work) -> float:
         """What no plan for such a call takes less than."""
@@ -128,7 +136,7 @@ class Bill:
 
     Attributes:
         density: of the plan.
-        planning: seconds that the plan took, at the pace at which costs were measured.
+        planning: seconds that the plan took.
     """
 
     budget: Budget
@@ -176,30 +184,36 @@ class Bill:
         if plan is not None and self._op(plan) < self.exact:
             self.start()
             return None
-        self.planning /= self.budget.pace() or 1.0
         self._book(self.exact)
         return "method" if plan is None else "keeps too much"
 
     def finish(self, plan: BlockPlan) -> None:
         """The op has run."""
-        attending = self.budget.clock() - self._started
-        pace = self.budget.pace() or attending / self._op(plan)
-        self.planning /= pace
-        self._book(attending / pace)
+        expected, ops = self._op(plan), self.budget.ops
+        _note(ops, (self.budget.clock() - self._started) / expected)
+        ratio = statistics.median_low(ops) if ops else 1.0
+        self._book(expected * ratio / self.budget.pace())
 
     def finish_exact(self) -> None:
         """Exact attention has run."""
-        self.budget.paces.append((self.budget.clock() - self._started) / self.exact)
+        _note(self.budget.paces, (self.budget.clock() - self._started) / self.exact)
+        self.budget.unpaced = 0
 
     def _op(self, plan: BlockPlan) -> float:
         return self.costs.sparse_seconds(self.work, self.density, plan)
 
     def _book(self, attending: float) -> None:
-        """Enter the plan into the account."""
-        budget, gain = self.budget, self.exact - self.planning - attending
+        """Enter the plan into the account.
+
+        Args:
+            attending: seconds of attention after it, at the pace at which costs were measured.
+        """
+        budget = self.budget
+        plans = budget.plans.setdefault(_size(self.work), deque(maxlen=LATEST))
+        plans.append(self.planning / budget.pace() / self.work.pairs)
+        planning = statistics.median_low(plans) * self.work.pairs
+        gain = self.exact - planning - attending
         budget.save(gain, self.exact)
-        timed = budget.plans.setdefault(_size(self.work), deque(maxlen=16))
-        timed.append(self.planning / self.work.pairs)
         if gain >= -SHARE * self.exact:
             budget.waits.pop(self.layer, None)
             return
@@ -207,6 +221,11 @@ class Bill:
         length = 1 if before is None else min(2 * before.length, LONGEST_WAIT)
         lost = min(-gain / self.exact, MOST_LOST)
         budget.waits[self.layer] = Wait(length, length, self.work.pairs, lost)
+
+
+def _note(ratios: deque[float], ratio: float) -> None:
+    if ratio > 0:  # a clock may be coarse
+        ratios.append(ratio)
 
 
 def _size(work: Work) -> int:

@@ -92,7 +92,7 @@ class CostModel:
         sparse: the sparse op with any plan; rows are keys that some query block reads.
 
     Raises:
-        ValueError: a number is not finite and at least 0.
+        ValueError: a number is not finite and at least 0, or a rate is 0 altogether.
     """
 
     sdpa: Rate
@@ -102,9 +102,11 @@ class CostModel:
     def __post_init__(self) -> None:
         for field in fields(self):
             rate = asdict(getattr(self, field.name))
-            if not all(math.isfinite(value) and value >= 0 for value in rate.values()):
+            numbers = rate.values()
+            if not all(math.isfinite(x) and x >= 0 for x in numbers) or not any(numbers):
                 raise ValueError(
-                    f"CostModel: {field.name}={rate} must be finite numbers of seconds from 0"
+                    f"CostModel: {field.name}={rate} must be finite numbers of seconds from 0, and "
+                    "not all 0"
                 )
 
     @classmethod

@@ -71,7 +71,7 @@ def test_seconds_of_sparse_attention_follow_what_is_kept_and_who_shares_it():
     assert MODEL.sparse_seconds(work, 0.5, shared) == 3 + 4 * pairs / 2 * (4 / 32 + 1)
 
 
-@pytest.mark.parametrize("number", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("number", [-1.0, 0.0, float("nan"), float("inf")])
 def test_bad_numbers_are_refused(number):
     with pytest.raises(ValueError, match=r"dense=.*must be finite numbers of seconds from 0"):
         dataclasses.replace(MODEL, dense=Rate(0, number, 0))
