@@ -119,7 +119,7 @@ def _measure(
             warmed = model
         for round_ in todo[length]:
             prompt = passkey_prompt(tokenizer, length, text=prose, seed=seed + round_)
-            for name in _rotated([DENSE, *methods], round_):
+            for name in rotated([DENSE, *methods], round_):
                 measured = _timed(model, prompt.input_ids.to(model.device), methods.get(name))
                 yield {"length": length, "seed": seed + round_, "method": name, **measured}
 
@@ -148,7 +148,8 @@ def _complete(rows: list[dict[str, Any]], length: int, seed: int, specs: list[st
     return {DENSE, *specs} <= done
 
 
-def _rotated(names: list[str], by: int) -> list[str]:
+def rotated(names: list[str], by: int) -> list[str]:
+    """So that what comes first in one round does not in the next."""
     by %= len(names)
     return names[by:] + names[:by]
 
