@@ -159,9 +159,9 @@ def keeps_all(q_len: int, kv_len: int) -> BlockPlan:
 
 
 def _rows_that_share(plan: BlockPlan, work: Work) -> int:
-    """Rows of q, of one or more heads, for which the op fetches a key once."""
+    """Rows of q, of one or more heads, for which the op fetches a key once; as far as measured."""
     together = work.heads // math.lcm(work.kv_heads, plan.heads)
-    return min(plan.block_q, plan.q_len) * max(1, together)
+    return min(min(plan.block_q, plan.q_len) * max(1, together), _BLOCKS[-1])
 
 
 def measure(dtype: torch.dtype = torch.float32) -> CostModel:
