@@ -166,7 +166,7 @@ def _measure(
             warmed = model
         for round_ in todo[length]:
             prompt = passkey_prompt(tokenizer, length, text=prose, seed=seed + round_).input_ids
-            for name in _rotated([DENSE, *methods, *engines], round_):
+            for name in rotated([DENSE, *methods, *engines], round_):
                 if name in engines:
                     measured = _asked(engines[name], prompt[0].tolist())
                 else:
@@ -209,7 +209,8 @@ def _complete(rows: list[dict[str, Any]], length: int, seed: int, specs: list[st
     return {DENSE, *specs} <= done
 
 
-def _rotated(names: list[str], by: int) -> list[str]:
+def rotated(names: list[str], by: int) -> list[str]:
+    """So that what comes first in one round does not in the next."""
     by %= len(names)
     return names[by:] + names[:by]
 

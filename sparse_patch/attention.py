@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sparse_patch_kernels import block_sparse_attention
 from torch import Tensor, nn
 
+from .budget import Bill
+from .costs import keeps_all
 from .exact import Exact
 from .routing import Call, LayerState
 
@@ -170,12 +173,36 @@ def _one_row(
     q: Tensor, k: Tensor, v: Tensor, call: Call, state: LayerState | None, row: int
 ) -> Tensor:
     """`[heads, q_len, v_dim]` of one unpadded sequence."""
+    bill = None
     if state is not None:
-        out = state.attend(q, k, v, call, row)
+        bill = state.bill(q, k, v, call)
+        out = state.attend(q, k, v, call, row, bill)
         if isinstance(out, Tensor):
             return out
         state.count_exact(out)
-    return _exact(call)(q[None], k[None], v[None])[0]
+    if bill is None:
+        return _exact(call)(q[None], k[None], v[None])[0]
+    return _exact_as_billed(q, k, v, call, bill)
+
+
+def _exact_as_billed(q: Tensor, k: Tensor, v: Tensor, call: Call, bill: Bill) -> Tensor:
+    """Exact causal attention of one sequence, in the faster of two ways, and timed."""
+    bill.start()
+    if bill.exact_by_op:
+        out = block_sparse_attention(
+            q,
+            k,
+            v,
+            keeps_all(q.shape[1], k.shape[1]),
+            scale=call.scale,
+            backend="cpu",
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
+    else:
+        out = _exact(call)(q[None], k[None], v[None])[0]
+    bill.finish_exact()
+    return out
 
 
 def _real_tokens(

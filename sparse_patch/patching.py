@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sparse_patch_kernels import choose_backend
@@ -24,6 +24,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from . import methods as _methods  # noqa: F401 - registers the built-in methods
 from .attention import STATE, attention_function
+from .budget import ELSEWHERE_MIN_LENGTH, Budget
+from .costs import CostModel, of_this_machine
 from .registry import Method, get_method
 from .reporting import Report, make_report
 from .routing import LayerState, Options
@@ -55,10 +57,11 @@ def patch(
     *,
     layers: Iterable[int] | None = None,
     dense_layers: int | Iterable[int] | None = None,
-    min_length: int = 1024,
+    min_length: int | Literal["auto"] = 1024,
     min_queries: int = 64,
     backend: str = "auto",
     measure_recall: bool | int = False,
+    costs: CostModel | None = None,
     **params: Any,
 ) -> Patch:
     """Run the prefill of `model` through a sparse method, from now on.
@@ -77,11 +80,17 @@ def patch(
         layers: indices of the layers to patch, negative from the end; default: all.
         dense_layers: layers kept exact: indices, or a number n for the first n; default: the
             method's own (0 for most).
-        min_length: sequences with fewer keys run exact, tokens.
+        min_length: sequences with fewer keys run exact, tokens. "auto", on a CPU: a call is planned
+            and runs sparse where that is expected to be faster than exact attention, by what both
+            cost on this machine (`sparse_patch.costs`, measured once, in a few seconds) and by what
+            plans took and saved so far (`sparse_patch.budget`). Which calls run sparse then depends
+            on timing; exact ones may run through the op, which rounds otherwise than SDPA; and
+            decode steps run exact. On a GPU "auto" means 16,384.
         min_queries: calls with fewer queries against longer keys run exact (speculative decoding).
         backend: one of `sparse_patch_kernels.BACKENDS`. A named one runs or raises; "auto" chooses.
         measure_recall: also measure the attention mass kept, which costs about a dense prefill; a
             number measures about so many query rows per call instead of all.
+        costs: for `min_length="auto"`, what attention costs here; default: as measured.
         params: the method's parameters, and `preset=` for one of its presets.
 
     Returns:
@@ -103,15 +112,18 @@ def patch(
     if dense_layers is None:
         dense_layers = getattr(chosen, "dense_layers", 0)
     wanted, dense = _select_layers([layer for layer, _ in modules], layers, dense_layers)
-    if min_length < 0 or min_queries < 0:
-        raise ValueError(
-            f"min_length={min_length} and min_queries={min_queries} must be at least 0 tokens"
-        )
+    _check_lengths(min_length, min_queries, costs)
     if measure_recall < 0:
         raise ValueError(f"measure_recall={measure_recall} must be true, false or a number of rows")
     if backend != "auto":
         choose_backend(backend, root.device)
-    options = Options(min_length, min_queries, backend, measure_recall)
+    budget = None
+    if isinstance(min_length, str):
+        budget = Budget(layers=len(wanted - dense), given=costs)
+        min_length = ELSEWHERE_MIN_LENGTH
+    options = Options(min_length, min_queries, backend, measure_recall, budget)
+    if costs is None and options.budget_on(root.device) is not None:
+        of_this_machine(root.dtype)  # now rather than in the first prefill
     states = [
         (module, LayerState(layer, None if layer in dense else _of_layer(chosen, layer), options))
         for layer, module in modules
@@ -256,6 +268,18 @@ def _refuse_split_heads(root: PreTrainedModel, method: Method) -> None:
             f"this model is split over {processes} processes by its heads (tensor parallel), where "
             "it would mean others. Give one value for all heads, leave it at its default, or load "
             "the model without tp_plan."
+        )
+
+
+def _check_lengths(min_length: Any, min_queries: int, costs: Any) -> None:
+    auto = min_length == "auto"
+    if not auto and (isinstance(min_length, str) or min_length < 0):
+        raise ValueError(f"min_length={min_length!r} must be a number of tokens from 0, or 'auto'")
+    if min_queries < 0:
+        raise ValueError(f"min_queries={min_queries} must be at least 0 tokens")
+    if costs is not None and not (auto and isinstance(costs, CostModel)):
+        raise ValueError(
+            f"costs={costs!r} must be a sparse_patch.costs.CostModel, and with min_length='auto'"
         )
 
 

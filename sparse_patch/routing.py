@@ -19,6 +19,7 @@ from sparse_patch_kernels import (
 )
 from torch import Tensor, nn
 
+from .budget import Bill, Budget
 from .decoding import DecodeStep
 from .diagnostics import recall
 from .registry import Method
@@ -31,6 +32,9 @@ REASONS: dict[str, str | None] = {
     "short": None,
     "few queries": None,
     "method": None,
+    "costs more": None,
+    "keeps too much": None,
+    "did not pay before": None,
     "sliding window": None,
     "all padding": None,
     "empty batch": None,
@@ -56,13 +60,23 @@ class SparsePatchWarning(UserWarning):
 
 @dataclass
 class Options:
-    """What the layers of one patch share."""
+    """What the layers of one patch share.
+
+    Attributes:
+        budget: of `min_length="auto"`, which then decides on CPU tensors; `min_length` on others.
+    """
 
     min_length: int
     min_queries: int
     backend: str
     measure_recall: bool | int
+    budget: Budget | None = None
     warned: set[str] = field(default_factory=set)
+
+    def budget_on(self, device: torch.device) -> Budget | None:
+        """The budget, where it decides: costs are those of the CPU backend."""
+        on_cpu = device.type == "cpu" and self.backend in ("auto", "cpu")
+        return self.budget if on_cpu else None
 
     def warn_once(self, reason: str) -> None:
         text = REASONS[reason]
@@ -153,9 +167,10 @@ class LayerState:
         "few queries" catches speculative decoding: a handful of queries against a long cache.
         """
         needs_grad = any(x.requires_grad for x in (q, k, v)) and torch.is_grad_enabled()
+        budget = self.options.budget_on(q.device)
         checks = {
             "empty batch": q.shape[0] == 0,
-            "decode": q.shape[2] == 1 and not self.sparse_decode,
+            "decode": q.shape[2] == 1 and not (self.sparse_decode and budget is None),
             "layer kept dense": self.method is None,
             "training": call.training,
             "gradients": needs_grad,
@@ -164,12 +179,20 @@ class LayerState:
             "mask": mask is not None and mask.ndim != 2,
             "position bias": call.bias is not None,
             "dropout": call.dropout > 0,
-            "short": k.shape[2] < self.options.min_length,
+            "short": budget is None and k.shape[2] < self.options.min_length,
             "few queries": 1 < q.shape[2] < min(self.options.min_queries, k.shape[2]),
         }
         return next((reason for reason, holds in checks.items() if holds), None)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, row: int = 0) -> Tensor | str:
+    def bill(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Bill | None:
+        """What one unpadded sequence costs, where that decides (`min_length="auto"`)."""
+        budget = self.options.budget_on(q.device)
+        plain = call.softcap is None and call.sinks is None
+        return None if budget is None else budget.bill(self.layer, q, k, v, plain=plain)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, row: int = 0, bill: Bill | None = None
+    ) -> Tensor | str:
         """One unpadded causal sequence: the sparse output, or the reason to run exact.
 
         Methods choose by the plain logits: a soft cap keeps their order, and sinks take the same
@@ -182,12 +205,16 @@ class LayerState:
         Args:
             q: `[heads, q_len, dim]`; k, v: `[kv_heads, kv_len, dim]`.
             row: the sequence's place in the batch.
+            bill: decides in place of the patch's `min_length`.
 
         Returns:
             `[heads, q_len, v_dim]`, or a key of REASONS.
         """
         options = self.options
-        if k.shape[1] < options.min_length:  # without its padding, that is
+        if bill is not None:
+            if reason := bill.why_exact():
+                return reason
+        elif k.shape[1] < options.min_length:  # without its padding, that is
             return "short"
         decodes = q.shape[1] == 1 and self.sparse_decode
         before = self.steps.pop(row, None) if decodes else None
@@ -204,12 +231,16 @@ class LayerState:
                 raise
             return "no backend"
         assert self.method is not None
+        if bill is not None:
+            bill.start()
         if decodes:
             memory = None if before is None else before.memory
             plan, memory = self.method.decode(q, k, scale=call.scale, memory=memory)
             self.steps[row] = DecodeStep.of(k, memory)
         else:
             plan = self.method.plan(q, k, scale=call.scale, q_offset=k.shape[1] - q.shape[1])
+        if bill is not None and (reason := bill.judge(plan)):
+            return reason
         if plan is None:
             return "method"
         out = block_sparse_attention(
@@ -224,16 +255,19 @@ class LayerState:
         )
         if _waits(q):
             out += (total - total).to(out.dtype)  # 0, or NaN if anything was not finite
+        if bill is not None:
+            bill.finish(plan)
+        density = plan.head_density().mean() if bill is None else bill.density
         if decodes:
             self.stats.decode += 1
-            self.stats.decode_density = self.stats.decode_density + plan.head_density().mean()
+            self.stats.decode_density = self.stats.decode_density + density
         else:
-            self._count_prefill(q, k, plan, call)
+            self.stats.sparse += 1
+            self.stats.density = self.stats.density + density
+            self._measure_recall(q, k, plan, call)
         return out
 
-    def _count_prefill(self, q: Tensor, k: Tensor, plan: BlockPlan, call: Call) -> None:
-        self.stats.sparse += 1
-        self.stats.density = self.stats.density + plan.head_density().mean()
+    def _measure_recall(self, q: Tensor, k: Tensor, plan: BlockPlan, call: Call) -> None:
         measure = self.options.measure_recall
         if measure:
             rows = None if measure is True else int(measure)

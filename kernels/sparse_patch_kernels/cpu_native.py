@@ -141,6 +141,17 @@ def _kernel() -> Any:
     return kernel
 
 
+@functools.lru_cache(None)
+def compiled() -> str | None:
+    """The name of the compiled kernel in use, which differs where the kernel would; or None."""
+    return None if _kernel() is None else build().name
+
+
+def cache_folder() -> Path:
+    """Where this project keeps what it makes once per machine; need not exist."""
+    return Path(os.environ.get("SPARSE_PATCH_CACHE") or "~/.cache/sparse-patch").expanduser()
+
+
 def build() -> Path:
     """The kernel as a shared library, from the cache or compiled into it.
 
@@ -152,8 +163,7 @@ def build() -> Path:
     if compiler is None:
         raise NoCompiler(f"no {', '.join(_COMPILERS)} on PATH")
     command = [*shlex.split(compiler), *_FLAGS]
-    folder = Path(os.environ.get("SPARSE_PATCH_CACHE") or "~/.cache/sparse-patch").expanduser()
-    library = folder / "kernels" / f"attention-{_fingerprint(command)}.so"
+    library = cache_folder() / "kernels" / f"attention-{_fingerprint(command)}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         _compile(command, library)

@@ -204,3 +204,14 @@ def test_lists_changed_behind_the_plan_s_back_reach_no_other_memory():
     start[:] = torch.tensor([-40, 0, 48, 4000], dtype=torch.int32)
     count[:] = 9
     assert_same(cpu_native.attend(q, k, v, wild, 0.3), cpu_native.attend(q, k, v, tame, 0.3), 1e-6)
+
+
+@needs_compiler
+def test_the_kernel_in_use_has_a_name(monkeypatch):
+    cpu_native.compiled.cache_clear()
+    assert cpu_native.compiled() == cpu_native.build().name
+    monkeypatch.setattr(cpu_native, "_kernel", lambda: None)
+    assert cpu_native.compiled() is not None  # asked once a process
+    cpu_native.compiled.cache_clear()
+    assert cpu_native.compiled() is None
+    cpu_native.compiled.cache_clear()

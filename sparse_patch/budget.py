@@ -1,0 +1,233 @@
+"""Never slower: when `min_length="auto"` plans on a CPU, and when it does without.
+
+Three times decide whether sparse pays: that of the plan, which is measured as it happens, and those
+of sparse and of exact attention, which `costs` knows. A plan that has been made is run where that
+is faster than exact attention: what it took is gone either way.
+
+So that plans which do not pay stay rare, they are made on credit. The layers of a patch share an
+account of seconds. Every call puts in `SHARE` of its exact time, a plan that paid what it saved;
+one that did not takes out what it lost, and below zero no layer plans. The account begins with what
+a prefill puts in and holds at most twice that. Of n calls of a model of L layers, no more than
+`SHARE * (n + 2 * L)` of a call's exact time, and a plan, can be lost.
+
+A layer whose plan did not pay waits, too: it lets 1, 2, 4, 8, then 16 calls go by between attempts
+and makes them when the account can bear the loss (calls of more than twice the work are others). So
+the layers that never pay are found, and the others go on.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sparse_patch_kernels import BlockPlan
+from torch import Tensor
+
+from .costs import CostModel, Work, of_this_machine
+
+SHARE = 0.01
+# Devices whose work cannot be timed without waiting for it run sparse from so many keys on.
+ELSEWHERE_MIN_LENGTH = 16384
+# The best to hope for: a plan of so few seconds, where none was timed, that keeps so little.
+LEAST_PLAN_SECONDS = 2e-4
+LEAST_DENSITY = 0.05
+# Plans of a size that must have been timed before the fastest of them is the rule.
+TIMED_PLANS = 3
+LONGEST_WAIT = 16
+# A plan is charged at most so many exact calls: what took longer was a machine that stood still.
+MOST_LOST = 4
+# Latest times of a kind whose median counts: one plan may be slow because the machine was busy.
+LATEST = 5
+
+
+@dataclass
+class Wait:
+    """A layer after plans that did not pay.
+
+    Attributes:
+        left: calls to skip yet, of `length` in all; calls of more than twice `pairs` are others.
+        lost: what the last plan lost, as a share of exact attention.
+    """
+
+    left: int
+    length: int
+    pairs: float
+    lost: float
+
+
+@dataclass
+class Budget:
+    """The account of one patch.
+
+    Attributes:
+        layers: how many layers share it.
+        given: the cost model; None: that of this machine.
+        clock: seconds, of any origin.
+        credit: seconds that plans may lose; `opened` says whether a first call has put some in.
+        waits: by layer.
+        plans: seconds a pair of the latest plans, by the size of their calls.
+        ops: measured / expected seconds of the latest calls of the op.
+        paces: the same of exact calls, those of long ago forgotten. A busy machine is slower than
+            it was when its costs were measured, in planning too, so plans are timed by this pace.
+        unpaced: calls since the last of them.
+    """
+
+    layers: int
+    given: CostModel | None = None
+    clock: Callable[[], float] = time.perf_counter
+    credit: float = 0.0
+    opened: bool = False
+    waits: dict[int, Wait] = field(default_factory=dict)
+    plans: dict[int, deque[float]] = field(default_factory=dict)
+    ops: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
+    paces: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
+    unpaced: int = 0
+
+    def bill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, plain: bool) -> Bill:
+        """For a call with q `[heads, q_len, dim]`, k and v `[kv_heads, kv_len, ...]`.
+
+        Args:
+            plain: neither soft cap nor sinks.
+        """
+        costs = self.given or of_this_machine(q.dtype)
+        return Bill(self, layer, Work.of(q, k, v, plain=plain), costs)
+
+    def earn(self, exact: float) -> None:
+        """A call comes in that takes so many seconds exact."""
+        self.unpaced += 1
+        if self.unpaced > 2 * self.layers:
+            self.paces.clear()
+        if not self.opened:
+            self.opened, self.credit = True, SHARE * self.layers * exact
+        else:
+            self.save(SHARE * exact, exact)
+
+    def save(self, seconds: float, exact: float) -> None:
+        """Put seconds into the account, or take them out, at a call of so many seconds exact."""
+        most = max(self.credit, self.most(exact))
+        self.credit = min(self.credit + max(seconds, -MOST_LOST * exact), most)
+
+    def most(self, exact: float) -> float:
+        """The seconds that the account holds at most."""
+        return 2 * SHARE * self.layers * exact
+
+    def pace(self) -> float:
+        """Measured / expected seconds of attention at present; 1 before any was timed."""
+        latest = self.paces or self.ops
+        return statistics.median_low(latest) if latest else 1.0
+
+    def least_plan_seconds(self, work: Work) -> float:
+        """What no plan for such a call takes less than."""
+        timed = self.plans.get(_size(work), ())
+        if len(timed) < TIMED_PLANS:
+            return LEAST_PLAN_SECONDS
+        return min(timed) * work.pairs
+
+
+@dataclass
+class Bill:
+    """One call of one layer, and what it costs.
+
+    In this order: `why_exact`; if nothing speaks for exact attention, `start`, plan, `judge`, run
+    the op, `finish`. Exact attention runs between `start` and `finish_exact`.
+
+    Attributes:
+        density: of the plan.
+        planning: seconds that the plan took.
+    """
+
+    budget: Budget
+    layer: int
+    work: Work
+    costs: CostModel
+    density: float = 1.0
+    planning: float = 0.0
+    _started: float = 0.0
+
+    @property
+    def exact(self) -> float:
+        """Expected seconds of exact attention."""
+        return self.costs.exact_seconds(self.work)
+
+    @property
+    def exact_by_op(self) -> bool:
+        """Should exact attention run as the sparse op with all keys?"""
+        return self.costs.exact_by_op(self.work)
+
+    def why_exact(self) -> str | None:
+        """The reason not to plan this call, or None."""
+        budget, work = self.budget, self.work
+        budget.earn(self.exact)
+        least = budget.least_plan_seconds(work) + self.costs.sparse_seconds(work, LEAST_DENSITY)
+        if least >= self.exact:
+            return "costs more"
+        wait, needed = budget.waits.get(self.layer), 0.0
+        if wait is not None and work.pairs <= 2 * wait.pairs:
+            needed = min(wait.lost * self.exact, budget.most(self.exact))
+            if wait.left:
+                wait.left -= 1
+                return "did not pay before"
+        return "did not pay before" if budget.credit < needed else None
+
+    def start(self) -> None:
+        """Planning, or exact attention, begins."""
+        self._started = self.budget.clock()
+
+    def judge(self, plan: BlockPlan | None) -> str | None:
+        """The plan is made: the reason to run exact nevertheless, or None; then the op begins."""
+        if plan is not None:
+            self.density = plan.density
+        self.planning = self.budget.clock() - self._started
+        if plan is not None and self._op(plan) < self.exact:
+            self.start()
+            return None
+        self._book(self.exact)
+        return "method" if plan is None else "keeps too much"
+
+    def finish(self, plan: BlockPlan) -> None:
+        """The op has run."""
+        expected, ops = self._op(plan), self.budget.ops
+        _note(ops, (self.budget.clock() - self._started) / expected)
+        ratio = statistics.median_low(ops) if ops else 1.0
+        self._book(expected * ratio / self.budget.pace())
+
+    def finish_exact(self) -> None:
+        """Exact attention has run."""
+        _note(self.budget.paces, (self.budget.clock() - self._started) / self.exact)
+        self.budget.unpaced = 0
+
+    def _op(self, plan: BlockPlan) -> float:
+        return self.costs.sparse_seconds(self.work, self.density, plan)
+
+    def _book(self, attending: float) -> None:
+        """Enter the plan into the account.
+
+        Args:
+            attending: seconds of attention after it, at the pace at which costs were measured.
+        """
+        budget = self.budget
+        plans = budget.plans.setdefault(_size(self.work), deque(maxlen=LATEST))
+        plans.append(self.planning / budget.pace() / self.work.pairs)
+        planning = statistics.median_low(plans) * self.work.pairs
+        gain = self.exact - planning - attending
+        budget.save(gain, self.exact)
+        if gain >= -SHARE * self.exact:
+            budget.waits.pop(self.layer, None)
+            return
+        before = budget.waits.get(self.layer)
+        length = 1 if before is None else min(2 * before.length, LONGEST_WAIT)
+        lost = min(-gain / self.exact, MOST_LOST)
+        budget.waits[self.layer] = Wait(length, length, self.work.pairs, lost)
+
+
+def _note(ratios: deque[float], ratio: float) -> None:
+    if ratio > 0:  # a clock may be coarse
+        ratios.append(ratio)
+
+
+def _size(work: Work) -> int:
+    """Calls of one size differ in their pairs by less than a factor of two."""
+    return int(work.pairs).bit_length()
