@@ -2,12 +2,12 @@
 
 Three times decide whether sparse pays: that of the plan, which is measured as it happens, and those
 of sparse and of exact attention, which `costs` knows. A plan that has been made is run where that
-is faster than exact attention: what it took is gone either way.
+is clearly faster than exact attention: what it took is gone either way.
 
 So that plans which do not pay stay rare, they are made on credit. The layers of a patch share an
 account of seconds. Every call puts in `SHARE` of its exact time, a plan that paid what it saved;
 one that did not takes out what it lost, and below zero no layer plans. The account begins with what
-a prefill puts in and holds at most twice that. Of n calls of a model of L layers, no more than
+a prefill puts in and holds at most twice that. Of n calls of a model of L layers, hardly more than
 `SHARE * (n + 2 * L)` of a call's exact time, and a plan, can be lost.
 
 A layer whose plan did not pay waits, too: it lets 1, 2, 4, 8, then 16 calls go by between attempts
@@ -34,6 +34,8 @@ ELSEWHERE_MIN_LENGTH = 16384
 # The best to hope for: a plan of so few seconds, where none was timed, that keeps so little.
 LEAST_PLAN_SECONDS = 2e-4
 LEAST_DENSITY = 0.05
+# With a plan that saves less than this share of exact attention, exact attention runs: it is right.
+LEAST_SAVED = 0.05
 # Plans of a size that must have been timed before the fastest of them is the rule.
 TIMED_PLANS = 3
 LONGEST_WAIT = 16
@@ -181,7 +183,7 @@ class Bill:
         if plan is not None:
             self.density = plan.density
         self.planning = self.budget.clock() - self._started
-        if plan is not None and self._op(plan) < self.exact:
+        if plan is not None and self._op(plan) < (1 - LEAST_SAVED) * self.exact:
             self.start()
             return None
         self._book(self.exact)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sparse_patch_kernels import BlockPlan
 
-from sparse_patch.budget import LONGEST_WAIT, MOST_LOST, SHARE, TIMED_PLANS, Budget
+from sparse_patch.budget import LEAST_SAVED, LONGEST_WAIT, MOST_LOST, SHARE, TIMED_PLANS, Budget
 from sparse_patch.costs import CostModel, Rate
 
 N = 64
@@ -141,6 +141,13 @@ def test_a_layer_waits_longer_each_time_and_not_after_success(budget, clock):
     assert [call(budget, clock, planning=0.1) for _ in range(3)] == [None] * 3
     assert call(budget, clock, **kind) == "keeps too much"
     assert [call(budget, clock, planning=0.1) for _ in range(2)] == ["did not pay before", None]
+
+
+def test_a_plan_must_save_something_of_exact_attention(budget, clock):
+    assert call(budget, clock, made=plan(0.6)) is None
+    nearly = plan(1 - LEAST_SAVED / 4)
+    assert 1 - LEAST_SAVED < nearly.density < 1
+    assert call(budget, clock, made=nearly) == "keeps too much"
 
 
 def test_waiting_is_for_calls_of_about_that_size(budget, clock):
