@@ -7,6 +7,7 @@ sparse_patch.patch(model, "flexprefill", gamma=0.9)   # and sparse_patch.unpatch
 from sparse_patch_kernels import BackendUnavailable, BlockPlan, RunList
 
 from .diagnostics import recall
+from .inspection import HeadView, Inspection, LayerView, inspect
 from .patching import Patch, patch, report, unpatch
 from .registry import Method, MethodInfo, describe, get_method, list_methods, param, register
 from .reporting import LayerReport, Report
@@ -17,7 +18,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "BlockPlan",
+    "HeadView",
+    "Inspection",
     "LayerReport",
+    "LayerView",
     "Method",
     "MethodInfo",
     "Patch",
@@ -26,6 +30,7 @@ __all__ = [
     "SparsePatchWarning",
     "describe",
     "get_method",
+    "inspect",
     "list_methods",
     "param",
     "patch",

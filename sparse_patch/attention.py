@@ -70,9 +70,9 @@ def _attend(
     if mask is not None and mask.ndim == 2:
         if q.shape[2] == 1 and call.window is None:  # hides the same keys, all rows at once
             mask = mask.as_subclass(Tensor)[:, None, None]
-            return _exact(call)(q, k, v, mask).transpose(1, 2).contiguous()
+            return exact_of(call)(q, k, v, mask).transpose(1, 2).contiguous()
         return _row_by_row(q, k, v, mask, call, None)
-    return _exact(call)(q, k, v, mask).transpose(1, 2).contiguous()
+    return exact_of(call)(q, k, v, mask).transpose(1, 2).contiguous()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the op below has no gradients
@@ -124,7 +124,8 @@ def _check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
         )
 
 
-def _exact(call: Call) -> Exact:
+def exact_of(call: Call) -> Exact:
+    """Exact attention as a call asks for it."""
     return Exact(
         scale=call.scale,
         causal=call.causal,
@@ -181,7 +182,7 @@ def _one_row(
             return out
         state.count_exact(out)
     if bill is None:
-        return _exact(call)(q[None], k[None], v[None])[0]
+        return exact_of(call)(q[None], k[None], v[None])[0]
     return _exact_as_billed(q, k, v, call, bill)
 
 
@@ -200,7 +201,7 @@ def _exact_as_billed(q: Tensor, k: Tensor, v: Tensor, call: Call, bill: Bill) ->
             sinks=call.sinks,
         )
     else:
-        out = _exact(call)(q[None], k[None], v[None])[0]
+        out = exact_of(call)(q[None], k[None], v[None])[0]
     bill.finish_exact()
     return out
 

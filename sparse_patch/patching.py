@@ -28,7 +28,7 @@ from .budget import ELSEWHERE_MIN_LENGTH, Budget
 from .costs import CostModel, of_this_machine
 from .registry import Method, get_method
 from .reporting import Report, make_report
-from .routing import LayerState, Options
+from .routing import LayerState, Options, Watch
 
 NAME = "sparse_patch"
 _STACK = "_sparse_patch_stack"
@@ -153,6 +153,20 @@ def report(model: nn.Module) -> Report:
     return stack[-1].report()
 
 
+def latest_method(model: nn.Module) -> Method:
+    """The method of the latest patch of `model`.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    stack = _stack(_transformers_model(model))
+    if not stack:
+        raise ValueError(
+            "this model is not patched: name a method, or call sparse_patch.patch first"
+        )
+    return stack[-1].method
+
+
 @dataclass(eq=False)
 class Patch:
     """An active patch: a handle, and a context manager that removes it on exit."""
@@ -166,6 +180,11 @@ class Patch:
     def report(self) -> Report:
         """What this patch did so far, per layer. Still there after `remove()`."""
         return make_report(repr(self.method), (state for _, state in self._states))
+
+    def watch(self, watch: Watch) -> None:
+        """From now on let `watch` attend in place of the layers of this patch."""
+        for _, state in self._states:
+            state.watch = watch
 
     def remove(self) -> None:
         """Take this patch out, and restore what was before it. A second call does nothing."""

@@ -7,6 +7,7 @@ import itertools
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +107,9 @@ class LayerStats:
     exact: Counter[str] = field(default_factory=Counter)
 
 
+# Gets the layer and the arguments of `LayerState.attend`, and returns what that does.
+Watch = Callable[["LayerState", Tensor, Tensor, Tensor, "Call"], Tensor | str]
+
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
 
@@ -117,7 +121,7 @@ class LayerState:
     `steps` is where decoding stands in each batch row; any other call of the layer empties it.
     `handle` names this object in compiled graphs, which hold tensors and numbers only. It is a
     tensor because a number would be a constant, and every layer a graph of its own. A copy gets
-    another.
+    another. `watch` takes the place of `attend`.
     """
 
     layer: int
@@ -125,6 +129,7 @@ class LayerState:
     options: Options
     stats: LayerStats = field(default_factory=LayerStats)
     steps: dict[int, DecodeStep] = field(default_factory=dict)
+    watch: Watch | None = field(default=None, repr=False, compare=False)
     handle: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -210,6 +215,8 @@ class LayerState:
         Returns:
             `[heads, q_len, v_dim]`, or a key of REASONS.
         """
+        if self.watch is not None:
+            return self.watch(self, q, k, v, call)
         options = self.options
         if bill is not None:
             if reason := bill.why_exact():

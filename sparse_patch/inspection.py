@@ -1,0 +1,392 @@
+"""What a method keeps and loses on one prompt: head by head, row by row, as numbers and as maps.
+
+Every layer is judged on the dense model's own activations: exact attention goes on to the next one,
+so that a layer is not blamed for what earlier ones did. What all of them do together shows in the
+next token's distribution, from a prefill of its own.
+
+Truth is computed for a sample of query rows, a few at a time: `[rows, kv_len]` per head, nothing of
+q_len x kv_len.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from sparse_patch_kernels import BlockPlan, block_sparse_attention, choose_backend
+from torch import Tensor, nn
+
+from .attention import exact_of
+from .patching import latest_method, patch
+from .registry import Method
+from .routing import Call, LayerState
+
+
+@dataclass(frozen=True)
+class HeadView:
+    """One query head of one layer, over the judged rows.
+
+    Attributes:
+        head: its index.
+        density: kept / causal, over all rows.
+        recall: attention mass kept, mean over rows.
+        worst_recall: of the row that keeps the least.
+        worst_row: the position of that row.
+        error: distance of sparse and exact outputs, relative to the exact ones (2-norms).
+    """
+
+    head: int
+    density: float
+    recall: float
+    worst_recall: float
+    worst_row: int
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """One layer.
+
+    Attributes:
+        layer: its index in the model.
+        exact: why the method would not run here; None where it did.
+        heads: one a query head; none where the layer runs exact.
+        plan_seconds, op_seconds: what choosing, and attending to what was chosen, took.
+        mass: float32 `[heads, bands, bands]`, share of a row's attention that lies in each band of
+            keys, mean over the judged rows of each band of queries; None where the layer is exact.
+        lost: the part of `mass` that the plan does not show.
+        kept: share of the (row, key) pairs that the plan shows, of those that are causal.
+    """
+
+    layer: int
+    exact: str | None = None
+    heads: tuple[HeadView, ...] = ()
+    plan_seconds: float = 0.0
+    op_seconds: float = 0.0
+    mass: Tensor | None = None
+    lost: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def density(self) -> float:
+        """Kept / causal, mean over heads; 1 where the layer is exact."""
+        return statistics.fmean(one.density for one in self.heads) if self.heads else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Attention mass kept, mean over heads; 1 where the layer is exact."""
+        return statistics.fmean(one.recall for one in self.heads) if self.heads else 1.0
+
+    @property
+    def error(self) -> float:
+        """Relative error of the output, mean over heads; 0 where the layer is exact."""
+        return statistics.fmean(one.error for one in self.heads) if self.heads else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What `inspect` found. `print` shows a table; `to_dict()` is JSON-ready, without the maps.
+
+    Attributes:
+        method: as it prints.
+        tokens: of the prompt.
+        rows: query rows judged per head.
+        band: tokens per band of the maps.
+        layers: every layer that was looked at.
+        kl: KL(dense || sparse) of the next token, nats.
+        dense_token, sparse_token: ids of the most likely next token.
+        dense_seconds, sparse_seconds: time-to-first-token, one prefill each.
+    """
+
+    method: str
+    tokens: int
+    rows: int
+    band: int
+    layers: tuple[LayerView, ...]
+    kl: float
+    dense_token: int
+    sparse_token: int
+    dense_seconds: float
+    sparse_seconds: float
+
+    @property
+    def density(self) -> float:
+        """Kept / causal, mean over the layers looked at."""
+        return statistics.fmean(layer.density for layer in self.layers)
+
+    @property
+    def recall(self) -> float:
+        """Attention mass kept, mean over the layers looked at."""
+        return statistics.fmean(layer.recall for layer in self.layers)
+
+    @property
+    def plan_seconds(self) -> float:
+        """What choosing takes, all layers."""
+        return sum(layer.plan_seconds for layer in self.layers)
+
+    @property
+    def op_seconds(self) -> float:
+        """What attending to what was chosen takes, all layers."""
+        return sum(layer.op_seconds for layer in self.layers)
+
+    def worst_heads(self, count: int = 10) -> list[tuple[int, HeadView]]:
+        """(layer, head) of the heads that lose most attention, the worst first."""
+        every = [(layer.layer, head) for layer in self.layers for head in layer.heads]
+        return sorted(every, key=lambda one: one[1].recall)[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "method": self.method,
+            "tokens": self.tokens,
+            "rows": self.rows,
+            "band": self.band,
+            "density": self.density,
+            "recall": self.recall,
+            "kl": self.kl,
+            "dense_token": self.dense_token,
+            "sparse_token": self.sparse_token,
+            "seconds": {
+                "dense": self.dense_seconds,
+                "sparse": self.sparse_seconds,
+                "plan": self.plan_seconds,
+                "op": self.op_seconds,
+                "rest": self.sparse_seconds - self.plan_seconds - self.op_seconds,
+            },
+            "layers": [
+                {
+                    "layer": layer.layer,
+                    "exact": layer.exact,
+                    "density": layer.density,
+                    "recall": layer.recall,
+                    "error": layer.error,
+                    "plan_seconds": layer.plan_seconds,
+                    "op_seconds": layer.op_seconds,
+                    "heads": [vars(head) for head in layer.heads],
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method}, {self.tokens:,} tokens, {self.rows:,} rows judged per head",
+            f"{'layer':>5} {'density':>7} {'recall':>7} {'worst head':>10} {'error':>7}  exact",
+        ]
+        for layer in self.layers:
+            worst = min((head.recall for head in layer.heads), default=1.0)
+            lines.append(
+                f"{layer.layer:>5} {layer.density:>7.3f} {layer.recall:>7.3f} {worst:>10.3f} "
+                f"{layer.error:>7.3f}  {layer.exact or ''}"
+            )
+        lines.append(f"{'all':>5} {self.density:>7.3f} {self.recall:>7.3f}")
+        same = "the same" if self.dense_token == self.sparse_token else "another"
+        lines.append(f"next token: {same}, KL {self.kl:.4f} nats")
+        lines.append(
+            f"seconds: dense {self.dense_seconds:.2f}, sparse {self.sparse_seconds:.2f}, of which "
+            f"choosing {self.plan_seconds:.2f} and attention {self.op_seconds:.2f}"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def inspect(
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    method: str | Method | None = None,
+    *,
+    rows: int = 1024,
+    resolution: int = 64,
+    min_length: int = 0,
+    on_layer: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Inspection:
+    """Show what a method keeps and loses on a prompt. Takes about three dense prefills.
+
+    Args:
+        model: see `patch`; patched or not, it is left as it was.
+        inputs: token ids `[1, length]`, or what a tokenizer returns for one sequence.
+        method: a name or a method object; default: that of the model's latest patch.
+        rows: query rows judged per head, spread evenly; 0: all.
+        resolution: bands that the maps have on each side.
+        min_length: see `patch`.
+        on_layer: called with the index of each layer that is done, for a progress bar.
+        options: those of `patch`, and the method's parameters.
+
+    Raises:
+        ValueError: no method is named and the model is not patched; more than one sequence, or
+            padding; what `patch` refuses.
+    """
+    if rows < 0 or resolution < 1:
+        raise ValueError(f"rows={rows} must be 0 (all) or more, resolution={resolution} at least 1")
+    given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+    ids = given["input_ids"]
+    if ids.ndim != 2 or len(ids) != 1:
+        raise ValueError(f"inspect: input_ids must be [1, length], one sequence; got {ids.shape}")
+    mask = given.get("attention_mask")
+    if mask is not None and not bool((mask != 0).all()):
+        raise ValueError("inspect: this sequence is padded; give it without its padding")
+    chosen = latest_method(model) if method is None else method
+    eye = _Eye(ids.shape[1], rows, resolution, on_layer)
+    with torch.inference_mode():
+        with patch(model, "dense", min_length=0):
+            dense, dense_seconds = _prefill(model, given)
+        with patch(model, chosen, min_length=min_length, min_queries=0, **options) as handle:
+            sparse, sparse_seconds = _prefill(model, given)
+            handle.watch(eye.look)
+            _prefill(model, given)
+    seen = {view.layer: view for view in eye.views}
+    views = [
+        seen.get(report.layer, LayerView(report.layer, ", ".join(report.exact)))
+        for report in handle.report().layers
+    ]
+    log_p, log_q = dense.log_softmax(-1), sparse.log_softmax(-1)
+    return Inspection(
+        method=repr(handle.method),
+        tokens=ids.shape[1],
+        rows=eye.n_rows,
+        band=eye.band,
+        layers=tuple(views),
+        kl=float((log_p.exp() * (log_p - log_q)).sum()),
+        dense_token=int(dense.argmax()),
+        sparse_token=int(sparse.argmax()),
+        dense_seconds=dense_seconds,
+        sparse_seconds=sparse_seconds,
+    )
+
+
+def _prefill(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+    """Float32 logits `[vocab]` of the next token, and seconds."""
+    start = time.perf_counter()
+    logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    logits.sum().item()  # waits for a GPU
+    return logits, time.perf_counter() - start
+
+
+class _Eye:
+    """Stands in for the attention of each layer: attends exactly, and notes what sparse would do.
+
+    Attributes:
+        views: of the layers so far.
+        band: tokens per band.
+        n_rows: rows judged per head.
+    """
+
+    def __init__(
+        self, tokens: int, rows: int, resolution: int, on_layer: Callable[[int], None] | None
+    ) -> None:
+        self.views: list[LayerView] = []
+        self.band = max(1, -(-tokens // resolution))
+        bands = -(-tokens // self.band)
+        per_band = self.band if rows == 0 else max(1, min(self.band, rows // bands))
+        # Evenly in each band, its last row included: what a prompt ends with is what is asked.
+        steps = (torch.arange(1, per_band + 1) * self.band // per_band) - 1
+        self._positions = [
+            (first + steps)[first + steps < tokens] for first in range(0, tokens, self.band)
+        ]
+        if tokens - 1 not in self._positions[-1].tolist():
+            last = torch.tensor([tokens - 1])
+            self._positions[-1] = torch.cat([self._positions[-1], last])
+        self.n_rows = sum(map(len, self._positions))
+        self._on_layer = on_layer
+
+    def look(self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | str:
+        """What `LayerState.attend` is: the exact output, or the reason for no other."""
+        assert state.method is not None
+        start = time.perf_counter()
+        plan = state.method.plan(q, k, scale=call.scale, q_offset=k.shape[1] - q.shape[1])
+        _wait(q)
+        plan_seconds = time.perf_counter() - start
+        if plan is None:
+            return "method"
+        start = time.perf_counter()
+        out = block_sparse_attention(
+            q, k, v, plan, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
+            backend=choose_backend(state.options.backend, q.device),
+        )  # fmt: skip
+        _wait(q)
+        op_seconds = time.perf_counter() - start
+        exact = exact_of(call)(q[None], k[None], v[None])[0]
+        view = self._view(state.layer, q, k, plan, call, out, exact)
+        self.views.append(replace(view, plan_seconds=plan_seconds, op_seconds=op_seconds))
+        if self._on_layer is not None:
+            self._on_layer(state.layer)
+        return exact
+
+    def _view(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        plan: BlockPlan,
+        call: Call,
+        out: Tensor,
+        exact: Tensor,
+    ) -> LayerView:
+        heads, bands = q.shape[0], len(self._positions)
+        maps = torch.zeros(3, heads, bands, bands, device=q.device)
+        kept_rows = []
+        for band, positions in enumerate(self._positions):
+            rows = positions.to(q.device)
+            probs, seen = self._truth(q, k, plan, call, rows)
+            kept_rows.append((probs * seen).sum(-1))
+            causal = torch.arange(probs.shape[2], device=q.device) <= rows[:, None]
+            maps[0, :, band] = self._by_band(probs).mean(1)
+            maps[1, :, band] = self._by_band(probs * ~seen).mean(1)
+            pairs = self._by_band(causal.float()).sum(0)
+            maps[2, :, band] = self._by_band(seen.float()).sum(1) / pairs.clamp(min=1)
+        recall = torch.cat(kept_rows, 1)
+        every = torch.cat(self._positions)
+        wrong = (out[:, every].float() - exact[:, every].float()).norm(dim=(1, 2))
+        error = wrong / exact[:, every].float().norm(dim=(1, 2)).clamp(min=1e-30)
+        worst, at = recall.min(1)
+        density = plan.head_density().repeat_interleave(heads // plan.heads)
+        views = [
+            HeadView(
+                head=head,
+                density=float(density[head]),
+                recall=float(recall[head].mean()),
+                worst_recall=float(worst[head]),
+                worst_row=int(every[at[head]]),
+                error=float(error[head]),
+            )
+            for head in range(heads)
+        ]
+        mass, lost, kept = maps.cpu()
+        return LayerView(layer, None, tuple(views), mass=mass, lost=lost, kept=kept)
+
+    def _truth(
+        self, q: Tensor, k: Tensor, plan: BlockPlan, call: Call, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Dense probabilities float32 `[heads, rows, keys]`, keys up to the last row, and which of
+        them the plan shows. Keys that enter in pooled groups only do not count as shown."""
+        end = int(rows[-1]) + 1
+        heads, _, dim = q.shape
+        key = torch.arange(end, device=q.device)
+        queries = (q[:, rows - plan.q_offset].float() * call.scale).view(len(k), -1, dim)
+        scores = (queries @ k[:, :end].float().mT).view(heads, len(rows), end)
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        causal = key <= rows[:, None]
+        probs = scores.masked_fill_(~causal, float("-inf")).softmax(-1)
+        near = (key < plan.sink) | (rows[:, None] - key < plan.window)
+        blocks = ((rows - plan.q_offset) // plan.block_q).tolist()
+        lists = []
+        for head in range(plan.heads):
+            listed = {b: plan.listed_keys(head, b)[:end].to(q.device) for b in sorted(set(blocks))}
+            lists.append((torch.stack([listed[b] for b in blocks]) | near) & causal)
+        return probs, torch.stack(lists).repeat_interleave(heads // plan.heads, 0)
+
+    def _by_band(self, x: Tensor) -> Tensor:
+        """Sums of each band of keys: `[..., keys]` -> `[..., bands]`."""
+        pad = len(self._positions) * self.band - x.shape[-1]
+        x = torch.nn.functional.pad(x, (0, pad))
+        return x.reshape(*x.shape[:-1], -1, self.band).sum(-1)
+
+
+def _wait(x: Tensor) -> None:
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
