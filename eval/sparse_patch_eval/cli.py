@@ -19,6 +19,7 @@ from rich.table import Table
 
 import sparse_patch
 from sparse_patch_eval.cli_eval import evaluate, list_tasks
+from sparse_patch_eval.cli_inspect import inspect
 from sparse_patch_eval.cli_report import report
 from sparse_patch_eval.demo import STEPS_PER_LENGTH, DemoRow, run_length, warm_up
 from sparse_patch_eval.models import load_for_lengths
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command("eval")(evaluate)
 app.command("tasks")(list_tasks)
 app.command("report")(report)
+app.command("inspect")(inspect)
 console = Console()
 errors = Console(stderr=True)
 

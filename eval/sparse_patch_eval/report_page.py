@@ -1,20 +1,13 @@
-"""The report as one HTML page that needs nothing else: no network, no folder beside it.
-
-Everything that comes from a run (prompts, answers, names of models and methods) goes through
-jinja2's autoescape. A Content-Security-Policy in the page allows its own style, its own script
-(by hash) and nothing from anywhere, so even text that slipped through could load or run nothing.
-"""
+"""The report as one HTML page, see `html`."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
+from sparse_patch_eval.html import render
 from sparse_patch_eval.report import Comparison
 from sparse_patch_eval.report_figures import figures, overall
 from sparse_patch_eval.report_scores import Score
@@ -64,33 +57,13 @@ def page(found: Sequence[Section], rows: Sequence[Comparison], *, answers: int =
     Raises:
         ImportError: jinja2, matplotlib or scipy is missing.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise ImportError('a report page needs jinja2: pip install "sparse-patch[eval]"') from error
-    environment = Environment(
-        loader=PackageLoader("sparse_patch_eval"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["svg"] = Markup
-    script, style = _asset("report.js"), _asset("report.css")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
-        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
-        script=Markup(script),
-        style=Markup(style),
+    return render(
+        "report.html.j2",
+        scripts=["report.js"],
+        styles=["report.css"],
         how_to_read=HOW_TO_READ,
         sections=[_section(one, [r for r in rows if r.section is one], answers) for one in found],
     )
-
-
-def _asset(name: str) -> str:
-    return (files("sparse_patch_eval") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _section(section: Section, rows: list[Comparison], answers: int) -> dict[str, Any]:
