@@ -6,10 +6,8 @@ Shapes: q `[heads, q_len, dim]`, k `[kv_heads, kv_len, dim]`, block masks
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from sparse_patch_kernels.dispatch import has_kernel
+from sparse_patch_kernels.dispatch import has_kernel, has_native
 from torch import Tensor
 
 # Largest matrix of probabilities a probe holds at a time, in elements (128 MiB in float32).
@@ -164,10 +162,74 @@ def token_scores(
     block_k = block_k or block
     shape = (-(-kv_len // block) - offset // block, -(-kv_len // block_k))
     result = torch.full((q.shape[0], *shape), float("-inf"), device=q.device)
-    for first, block_of, logits in _tiles(q, k, scale, block, stride_q, stride_k):
-        pooled = _pool_rows(logits, block_of, block_k // stride_k, reduce)
+    rows, block_of = _sampled_rows(q.shape[1], offset, block, stride_q, 0, q.device)
+    keys, width = k[:, ::stride_k], block_k // stride_k
+    seen = (rows + offset) // stride_k + 1
+    per_block = -(-block // stride_q)
+    step = max(1, TILE_ELEMENTS // (q.shape[0] * shape[1] * per_block))
+    for first in range(0, shape[0], step):
+        mine = (block_of >= first) & (block_of < first + step)
+        pooled = pooled_rows(
+            q, keys, scale, rows[mine], seen[mine], width=width, largest=reduce == "max"
+        )
+        pooled = _by_block(pooled, block_of[mine] - first, reduce)
         result[:, first : first + pooled.shape[1], : pooled.shape[2]] = pooled
     return result
+
+
+@has_native
+def pooled_rows(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    rows: Tensor,
+    seen: Tensor,
+    *,
+    width: int,
+    largest: bool = False,
+) -> Tensor:
+    """Attention of some rows to the first keys, pooled over every `width` of them.
+
+    Args:
+        q: `[heads, q_len, dim]`.
+        k: `[kv_heads, n_keys, dim]`.
+        rows: int64 `[n]`, which rows of q, ascending.
+        seen: int64 `[n]`, how many of the keys each of them sees; one at least, ascending.
+        largest: take the log of the largest probability of `width` keys, not the sum.
+
+    Returns:
+        float32 `[heads, n, blocks]`, up to the last block that some row sees; 0 where a row sees
+        nothing, or -inf if `largest`.
+    """
+    heads, dim = q.shape[0], q.shape[2]
+    keys = k.float()
+    blocks = -(-int(seen.max()) // width)
+    result = torch.full(
+        (heads, len(rows), blocks), float("-inf") if largest else 0.0, device=q.device
+    )
+    step = max(1, TILE_ELEMENTS // (heads * k.shape[1]))
+    for first in range(0, len(rows), step):
+        some = slice(first, first + step)
+        near, end = (int(n) for n in seen[some].aminmax())
+        queries = (q[:, rows[some]].float() * scale).reshape(len(k), -1, dim)
+        logits = (queries @ keys[:, :end].mT).view(heads, -1, end)
+        # Keys before `near` are visible to all of these rows.
+        late = torch.arange(near, end, device=q.device) >= seen[some][:, None]
+        logits[..., near:].masked_fill_(late, float("-inf"))
+        pooled = _largest_of(logits, width) if largest else pool_sum(logits.softmax(-1), width)
+        result[:, some, : pooled.shape[2]] = pooled
+    return result
+
+
+def _largest_of(logits: Tensor, width: int) -> Tensor:
+    """Log of the largest probability of every `width` keys, of logits `[heads, rows, keys]`.
+
+    In logs throughout: probabilities of a long row underflow, and would tie.
+    """
+    pad = -logits.shape[2] % width
+    padded = torch.nn.functional.pad(logits, (0, pad), value=float("-inf"))
+    best = padded.reshape(*padded.shape[:2], -1, width).amax(-1)
+    return best - logits.logsumexp(-1, keepdim=True)
 
 
 def ranking_loss(
@@ -189,49 +251,22 @@ def ranking_loss(
         float32 `[heads, blocks]`: entry n - 1 is the root mean square, over the sampled rows, of
         the attention mass outside of the row's first n ranked blocks.
     """
-    heads, blocks = q.shape[0], order.shape[2]
+    (heads, q_len, _), blocks, offset = q.shape, order.shape[2], k.shape[1] - q.shape[1]
     order = order.repeat_interleave(heads // order.shape[0], 0)
     squares = torch.zeros(heads, blocks, device=q.device)
-    n_rows = 0
-    for first, block_of, logits in _tiles(q, k, scale, block_q, stride, 1, shift=stride // 2):
-        mass = pool_sum(logits.softmax(-1), block_k)
-        # Blocks past the tile's last are past its rows too, and ranked after all that they see.
-        ranked = mass.gather(2, order[:, first + block_of, : mass.shape[2]])
+    rows, block_of = _sampled_rows(q_len, offset, block_q, stride, stride // 2, q.device)
+    step = max(1, TILE_ELEMENTS // (heads * blocks))
+    for first in range(0, len(rows), step):
+        some, block = rows[first : first + step], block_of[first : first + step]
+        mass = pooled_rows(q, k, scale, some, some + offset + 1, width=block_k)
+        # Key blocks past the last of these query blocks are ranked after all that they see.
+        end = (offset // block_q + int(block[-1]) + 1) * block_q
+        n = min(-(-end // block_k), blocks)
+        mass = torch.nn.functional.pad(mass, (0, n - mass.shape[2]))
+        ranked = mass.gather(2, order[:, block, :n])
         lost = (1 - ranked.cumsum(-1)).clamp_(min=0)
-        squares[:, : mass.shape[2]] += lost.square_().sum(1)
-        n_rows += len(block_of)
-    return (squares / n_rows).sqrt_()
-
-
-def _tiles(
-    q: Tensor, k: Tensor, scale: float, block: int, stride_q: int, stride_k: int, shift: int = 0
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Causal logits of sampled queries against sampled keys, a few query blocks at a time.
-
-    Yields:
-        The tile's first query block, counted from the first one that holds a query; int64 `[rows]`,
-        the query block of each row, counted from that; float32 logits `[heads, rows, keys]`, of
-        keys 0, stride_k, ... up to the last that the tile sees.
-    """
-    heads, q_len, dim = q.shape
-    kv_heads, kv_len, _ = k.shape
-    offset = kv_len - q_len
-    rows, block_of = _sampled_rows(q_len, offset, block, stride_q, shift, q.device)
-    keys = k[:, ::stride_k].float()
-    per_block = -(-block // stride_q)
-    step = max(1, TILE_ELEMENTS // (heads * keys.shape[1] * per_block))
-    for first in range(0, int(block_of[-1]) + 1, step):
-        mine = (block_of >= first) & (block_of < first + step)
-        row = rows[mine]
-        end = min((offset // block + first + step) * block, kv_len)
-        n_keys = -(-end // stride_k)
-        queries = (q[:, row].float() * scale).reshape(kv_heads, -1, dim)
-        logits = (queries @ keys[:, :n_keys].mT).view(heads, len(row), n_keys)
-        position = (row + offset)[:, None]
-        near = int(position.min()) // stride_k  # earlier keys are visible to all of these rows
-        late = torch.arange(near, n_keys, device=q.device) * stride_k > position
-        logits[..., near:].masked_fill_(late, float("-inf"))
-        yield first, block_of[mine] - first, logits
+        squares[:, :n] += lost.square_().sum(1)
+    return (squares / len(rows)).sqrt_()
 
 
 @has_kernel("token_scores")
@@ -284,21 +319,13 @@ def _sampled_rows(
     return row[taken], block_of[taken]
 
 
-def _pool_rows(scores: Tensor, block_of: Tensor, width: int, reduce: str) -> Tensor:
-    """Logits `[heads, rows, keys]` -> log mass `[heads, blocks of rows, blocks of width keys]`."""
-    heads, _, n_keys = scores.shape
-    pad = -n_keys % width
-    shape = (heads, int(block_of[-1]) + 1, (n_keys + pad) // width)
-    index = block_of[None, :, None].expand(heads, -1, shape[2])
+def _by_block(pooled: Tensor, block_of: Tensor, reduce: str) -> Tensor:
+    """What `pooled_rows` gives `[heads, rows, n]` -> log mass `[heads, blocks of rows, n]`."""
+    heads, _, n = pooled.shape
+    shape = heads, int(block_of[-1]) + 1, n
+    index = block_of[None, :, None].expand(heads, -1, n)
     if reduce == "max":
-        # In logs throughout: probabilities of a long row underflow, and would tie.
-        lse = scores.logsumexp(-1, keepdim=True)
-        padded = torch.nn.functional.pad(scores, (0, pad), value=float("-inf"))
-        best = padded.reshape(heads, -1, shape[2], width).amax(-1) - lse
-        empty = scores.new_full(shape, float("-inf"))
-        return empty.scatter_reduce_(1, index, best, "amax")
-    mass = pool_sum(scores.softmax(-1), width)
-    empty = scores.new_zeros(shape)
+        return pooled.new_full(shape, float("-inf")).scatter_reduce_(1, index, pooled, "amax")
     if reduce == "rms":
-        return empty.scatter_add_(1, index, mass.square()).log() / 2
-    return empty.scatter_add_(1, index, mass).log()
+        return pooled.new_zeros(shape).scatter_add_(1, index, pooled.square_()).log_().div_(2)
+    return pooled.new_zeros(shape).scatter_add_(1, index, pooled).log_()
