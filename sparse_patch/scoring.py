@@ -7,7 +7,7 @@ Shapes: q `[heads, q_len, dim]`, k `[kv_heads, kv_len, dim]`, block masks
 from __future__ import annotations
 
 import torch
-from sparse_patch_kernels.dispatch import has_kernel, has_native
+from sparse_patch_kernels.dispatch import has_kernel, has_native, uses_triton
 from torch import Tensor
 
 # Largest matrix of probabilities a probe holds at a time, in elements (128 MiB in float32).
@@ -64,36 +64,30 @@ def probe_lines(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         slash `[heads, kv_len]`: mean probability at each distance; entry `kv_len - 1 - d` is
         distance d. Both sum to 1 per head. Float32.
     """
-    heads, n_probe, _ = q.shape
-    kv_heads, kv_len, _ = k.shape
-    group = heads // kv_heads
-    step = max(1, PROBE_ELEMENTS // (group * n_probe * kv_len))
-    parts = [
-        _probe_lines_of(q[h * group : (h + step) * group], k[h : h + step], scale)
-        for h in range(0, kv_heads, step)
-    ]
-    vertical, slash = zip(*parts, strict=True)
-    return torch.cat(vertical), torch.cat(slash)
-
-
-def _probe_lines_of(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     heads, n_probe, dim = q.shape
     kv_heads, kv_len, _ = k.shape
-    grouped = (q.float() * scale).reshape(kv_heads, -1, dim)
+    grouped = (q.float() * scale).view(kv_heads, -1, n_probe, dim)
+    vertical, slash = (torch.empty(heads, kv_len, device=q.device) for _ in range(2))
+    # One head at a time, in the same memory: new memory costs more than what is done in it.
+    logits, softmax = (torch.empty(n_probe, kv_len, device=q.device) for _ in range(2))
     # Zeros to the left of each row: row i of the view below is then row i shifted right by
     # n_probe - 1 - i, which lines equal distances up in columns.
     width = kv_len + n_probe - 1
-    padded = torch.empty(heads, n_probe, width, device=q.device)
-    padded[..., : n_probe - 1] = 0
-    scores = (grouped @ k.float().mT).view(heads, n_probe, kv_len)
+    padded = torch.zeros(n_probe, width, device=q.device)
+    probs = padded[:, n_probe - 1 :]
+    by_distance = padded.as_strided((n_probe, kv_len), (width + 1, 1))
     corner = torch.ones(n_probe, n_probe, dtype=torch.bool, device=q.device).triu(1)
-    scores[..., kv_len - n_probe :].masked_fill_(corner, float("-inf"))
-    probs = padded[..., n_probe - 1 :]
-    probs.copy_(scores.softmax(-1))
-    by_distance = padded.as_strided(
-        (heads, n_probe, kv_len), (n_probe * width, width + 1, 1), padded.storage_offset()
-    )
-    return probs.sum(1) / n_probe, by_distance.sum(1) / n_probe
+    mean = torch.full((1, n_probe), 1 / n_probe, device=q.device)
+    for head in range(heads):
+        kv_head, member = divmod(head, heads // kv_heads)
+        if member == 0:
+            keys = k[kv_head].float().T
+        torch.mm(grouped[kv_head, member], keys, out=logits)
+        logits[:, kv_len - n_probe :].masked_fill_(corner, float("-inf"))
+        probs.copy_(torch.softmax(logits, -1, out=softmax))
+        torch.mm(mean, probs, out=vertical[head, None])
+        torch.mm(mean, by_distance, out=slash[head, None])
+    return vertical, slash
 
 
 @has_kernel("probe")
@@ -104,14 +98,20 @@ def key_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
         q: `[heads, n, dim]`.
         k: `[kv_heads, kv_len, dim]`.
     """
-    _, n, dim = q.shape
+    heads, n, dim = q.shape
     kv_heads, kv_len, _ = k.shape
-    step = max(1, PROBE_ELEMENTS // (n * kv_len))
-    parts = []
-    for kv_head, group in enumerate((q.float() * scale).reshape(kv_heads, -1, n, dim)):
-        keys = k[kv_head].float().T
-        parts += [(some @ keys).softmax(-1).mean(1) for some in group.split(step)]
-    return torch.cat(parts)
+    grouped = (q.float() * scale).view(kv_heads, -1, n, dim)
+    result = torch.empty(heads, kv_len, device=q.device)
+    logits, probs = (torch.empty(n, kv_len, device=q.device) for _ in range(2))
+    mean = torch.full((1, n), 1 / n, device=q.device)
+    for head in range(heads):
+        kv_head, member = divmod(head, heads // kv_heads)
+        if member == 0:
+            keys = k[kv_head].float().T
+        torch.mm(grouped[kv_head, member], keys, out=logits)
+        torch.softmax(logits, -1, out=probs)
+        torch.mm(mean, probs, out=result[head, None])
+    return result
 
 
 def probe_mass(q: Tensor, k: Tensor, scale: float, block: int) -> Tensor:
@@ -124,7 +124,11 @@ def probe_mass(q: Tensor, k: Tensor, scale: float, block: int) -> Tensor:
     Returns:
         float32 `[heads, blocks]`, summing to 1 per head.
     """
-    return pool_sum(probe_lines(q, k, scale)[0], block)
+    if uses_triton(q):
+        return pool_sum(probe_lines(q, k, scale)[0], block)
+    rows = torch.arange(q.shape[1], device=q.device)
+    seen = rows + k.shape[1] - q.shape[1] + 1
+    return pooled_rows(q, k, scale, rows, seen, width=block).mean(1)
 
 
 @has_kernel("token_scores")
