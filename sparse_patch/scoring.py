@@ -23,12 +23,15 @@ def pool_mean(x: Tensor, block: int, offset: int = 0) -> Tensor:
     Row 0 is position `offset`; the grid starts at position 0, so the first block may be partial,
     and the last is averaged over the rows it has.
     """
-    n = x.shape[1]
-    block_of = (torch.arange(n, device=x.device) + offset) // block - offset // block
-    blocks = int(block_of[-1]) + 1
-    sums = x.new_zeros(x.shape[0], blocks, x.shape[2], dtype=torch.float32)
-    sums.index_add_(1, block_of, x.float())
-    return sums / block_of.bincount(minlength=blocks)[:, None]
+    lead = min(-offset % block, x.shape[1])
+    whole = (x.shape[1] - lead) // block
+    end = lead + whole * block
+    parts = (
+        x[:, None, :lead],
+        x[:, lead:end].reshape(x.shape[0], whole, block, x.shape[2]),
+        x[:, None, end:],
+    )
+    return torch.cat([part.mean(2, dtype=torch.float32) for part in parts if part.numel()], 1)
 
 
 def grouped_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:

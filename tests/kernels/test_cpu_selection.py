@@ -9,6 +9,7 @@ from sparse_patch_kernels import cpu_native, cpu_selection, dispatch
 
 from sparse_patch import get_method
 from sparse_patch.methods.hip import Hip, search_leaves
+from sparse_patch.methods.infinite_hip import scan_chunks
 from sparse_patch.scoring import pooled_rows
 from tests.kernels.structured import laid_out, scattered, sequence
 from tests.methods.examples import SPARSE
@@ -103,6 +104,32 @@ def test_search_takes_the_first_of_equal_leaves_and_bears_nan():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [3, 16, 40])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
+@pytest.mark.parametrize("shared", [True, False])
+def test_scan_chunks(chunk, groups, dtype, shared):
+    blocks, n = 5, 40
+    q, k, _ = sequence(4, 2, blocks * groups, 700, 16, dtype)
+    starts = torch.arange(n).repeat(1 if shared else 4, blocks, 1) * chunk + 3
+    starts[..., -2:] = torch.iinfo(torch.int32).max
+    end = torch.arange(1, blocks + 1) * 130
+    call = (q.unflatten(1, (blocks, groups)), k, starts, end - 60, end, chunk)
+    got, want = cpu_selection.scan_chunks(*call), scan_chunks.plain(*call)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_scans_with_averaged_queries_take_keys_in_half_precision():
+    q, k, _ = sequence(2, 1, 32, 200, 16)
+    call = torch.arange(0, 160, 8).repeat(1, 2, 1), torch.full((2,), 150), torch.full((2,), 190), 8
+    queries, keys = q.unflatten(1, (2, 16)), k.bfloat16()
+    got, want = (
+        cpu_selection.scan_chunks(queries, keys, *call),
+        scan_chunks.plain(queries, keys, *call),
+    )
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_any_layout_in_memory(dtype):
     q, k, scale = sequence(4, 2, 200, 200, 16, dtype)
     rows, tree = torch.arange(0, 200, 3), Hip(**SMALL)
@@ -166,6 +193,8 @@ def test_builds_for_older_cpus_are_right_too(monkeypatch, tmp_path, cpu):
             test_pooled_rows(6, 2, 300, 421, 64, 16, largest, dtype)
         for change in TREES:
             test_search_leaves(change, dtype, 130, 515)
+        test_scan_chunks(64, 16, dtype, True)
+        test_scan_chunks(7, 40, dtype, False)
 
 
 @pytest.mark.parametrize("name", sorted(SPARSE))
