@@ -329,12 +329,11 @@ template <class How, int W>
 class SearchWorker {
   struct Chunk {
     int32_t start, size;
-    float score;  // of the leaf that represents it, if `known`
-    bool known;
   };
 
  public:
-  explicit SearchWorker(const Search& call) : c(call), scorer(call.in, call.n_rows) {}
+  explicit SearchWorker(const Search& call)
+      : c(call), scorer(call.in, call.n_rows), scores(call.last_leaf + 1) {}
 
   void run(int64_t task) {
     const int64_t head = task / c.n_blocks, block = c.n_blocks - 1 - task % c.n_blocks;
@@ -345,16 +344,16 @@ class SearchWorker {
     if (c.limit) {
       scorer.bound(c.n_rows, [&](int64_t i) { return c.limit[block * c.n_rows + i]; });
     }
+    known.assign(c.last_leaf + 1, 0);
+    chunks.clear();
     if (rounds == 1 && c.equal) {  // each half is a leaf
-      chunks.clear();
-      for (int32_t i = 0; i < n; ++i) chunks.push_back({i, 1, 0.f, false});
+      for (int32_t i = 0; i < n; ++i) chunks.push_back({i, 1});
       choose(c.keep);
     } else {
       const int64_t* edges = c.edges + block * (c.chunks + 1);
-      chunks.clear();
       for (int64_t i = 0; i < c.chunks; ++i) {
-        chunks.push_back({static_cast<int32_t>(edges[i]),
-                          static_cast<int32_t>(edges[i + 1] - edges[i]), 0.f, false});
+        chunks.push_back(
+            {static_cast<int32_t>(edges[i]), static_cast<int32_t>(edges[i + 1] - edges[i])});
       }
       for (int64_t round = 1; round <= rounds; ++round) {
         halve();
@@ -373,8 +372,10 @@ class SearchWorker {
   }
 
  private:
-  int32_t leaf_of(const Chunk& chunk) const {
-    return c.center ? chunk.start + chunk.size / 2 : chunk.start;
+  // The leaf that represents a chunk.
+  int64_t leaf_of(const Chunk& chunk) const {
+    const int64_t leaf = c.center ? chunk.start + chunk.size / 2 : chunk.start;
+    return std::min(leaf, c.last_leaf);
   }
 
   // The left half of a single leaf is empty, and the right one is the leaf.
@@ -382,23 +383,19 @@ class SearchWorker {
     halves.clear();
     for (const Chunk& chunk : chunks) {
       const int32_t half = chunk.size / 2;
-      for (Chunk part : {Chunk{chunk.start, half, chunk.score, false},
-                         Chunk{chunk.start + half, chunk.size - half, chunk.score, false}}) {
-        part.known = chunk.known && leaf_of(part) == leaf_of(chunk);
-        halves.push_back(part);
-      }
+      halves.push_back({chunk.start, half});
+      halves.push_back({chunk.start + half, chunk.size - half});
     }
     chunks.swap(halves);
   }
 
-  // Scores what is not known, and keeps the `keep` best chunks in their order; of equal ones the
-  // first.
+  // Keeps the `keep` best chunks in their order; of equal ones the first.
   void choose(int64_t keep) {
-    score();
     if (static_cast<int64_t>(chunks.size()) <= keep) return;
+    score();
     ranks.clear();
     for (size_t i = 0; i < chunks.size(); ++i) {
-      const float x = chunks[i].size == 0 ? NOTHING : chunks[i].score;
+      const float x = chunks[i].size == 0 ? NOTHING : scores.at[leaf_of(chunks[i])];
       ranks.push_back(uint64_t{ordered(x)} << 32 | (UINT32_MAX - static_cast<uint32_t>(i)));
     }
     sorted = ranks;
@@ -419,23 +416,24 @@ class SearchWorker {
     return word & 0x80000000u ? ~word : word | 0x80000000u;
   }
 
+  // A leaf may stand for one chunk after another: it is scored once.
   void score() {
     wanted.clear();
-    for (size_t i = 0; i < chunks.size(); ++i) {
-      if (chunks[i].known || chunks[i].size == 0) continue;
-      const int64_t leaf = std::min<int64_t>(leaf_of(chunks[i]), c.last_leaf);
+    for (const Chunk& chunk : chunks) {
+      const int64_t leaf = leaf_of(chunk);
+      if (chunk.size == 0 || known[leaf]) continue;
       for (int64_t at = 0; at < c.leaf; at += c.step) {
-        wanted.push_back({c.sink + leaf * c.leaf + at, static_cast<int32_t>(i)});
+        wanted.push_back({c.sink + leaf * c.leaf + at, static_cast<int32_t>(leaf)});
       }
-      chunks[i].score = NOTHING;
-      chunks[i].known = true;
+      scores.at[leaf] = NOTHING;
+      known[leaf] = 1;
     }
     scorer.score_all(wanted, [&](const Wanted* one, int n, const Floats* top) {
       Floats most = all(NOTHING);
       for (int r = 0; r < n; ++r) {
         most = larger(most, top[r]);  // keys of one leaf first lane by lane
         if (r + 1 < n && one[r + 1].whose == one[r].whose) continue;
-        float& score = chunks[one[r].whose].score;
+        float& score = scores.at[one[r].whose];
         const float x = top_of(most);
         score = x > score || x != x ? x : score;
         most = all(NOTHING);
@@ -445,6 +443,8 @@ class SearchWorker {
 
   const Search& c;
   Scorer<How, W> scorer;
+  Aligned<float> scores;  // by leaf, where it is known
+  std::vector<uint8_t> known;
   std::vector<Chunk> chunks, halves;
   std::vector<uint64_t> ranks, sorted;
   std::vector<Wanted> wanted;
