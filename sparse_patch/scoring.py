@@ -218,6 +218,7 @@ def pooled_rows(
     for first in range(0, len(rows), step):
         some = slice(first, first + step)
         near, end = (int(n) for n in seen[some].aminmax())
+        end = min(-(-end // width) * width, k.shape[1])  # whole blocks: a pad would copy
         queries = (q[:, rows[some]].float() * scale).reshape(len(k), -1, dim)
         logits = (queries @ keys[:, :end].mT).view(heads, -1, end)
         # Keys before `near` are visible to all of these rows.

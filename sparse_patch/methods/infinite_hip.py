@@ -224,7 +224,7 @@ def scan_chunks(
     Args:
         queries: `[heads, blocks, groups, dim]`, in k's dtype or float32.
         k: `[kv_heads, kv_len, dim]`.
-        starts: int64 `[1 or heads, blocks, n]`, where chunks of `chunk` tokens begin.
+        starts: int64 `[1 or heads, blocks, n]`, where chunks of `chunk` tokens begin, ascending.
         limit: int64 `[blocks]`: an interval that begins after it is not looked at.
         end: int64 `[blocks]`: chunks are cut off here.
 
@@ -232,21 +232,21 @@ def scan_chunks(
         float32 `[heads, blocks, n]`; -inf where a chunk begins after the limit.
     """
     heads, blocks, _, dim = queries.shape
+    best = torch.full((heads, *starts.shape[1:]), float("-inf"), device=starts.device)
     step = max(1, TILE_ELEMENTS // (heads * max(1, starts.shape[2]) * 2 * dim))
-    best = []
     for first in range(0, blocks, step):
         some = slice(first, first + step)
-        best.append(
-            _scan(
-                queries[:, some].float(),
-                k,
-                starts[:, some].expand(heads, -1, -1),
-                limit[some, None],
-                end[some, None],
-                chunk,
-            )
+        # Starts ascend: those in sight come first.
+        n = int((starts[:, some] <= limit[some, None]).sum(-1).max())
+        best[:, some, :n] = _scan(
+            queries[:, some].float(),
+            k,
+            starts[:, some, :n].expand(heads, -1, -1),
+            limit[some, None],
+            end[some, None],
+            chunk,
         )
-    return torch.cat(best, 1)
+    return best
 
 
 def _scan(
