@@ -371,8 +371,9 @@ def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, *, block: int, strid
 def _groups(x: Tensor, stride: int, before: int) -> Tensor:
     """`[heads, n, dim]` -> `[heads, groups, stride, dim]`, after `before` rows of zeros."""
     after = -(before + x.shape[1]) % stride
-    padded = torch.nn.functional.pad(x, (0, 0, before, after))
-    return padded.reshape(x.shape[0], -1, stride, x.shape[2])
+    if before or after:  # a pad of nothing would copy
+        x = torch.nn.functional.pad(x, (0, 0, before, after))
+    return x.reshape(x.shape[0], -1, stride, x.shape[2])
 
 
 def _sampled_rows(
