@@ -115,19 +115,19 @@ def main(
             Shape(n, grouping, int(dim), dtype, int(block), int(count), "random")
             for n, grouping, dim, dtype, block, count in itertools.product(
                 parse_lengths(lengths),
-                _split(groupings, HEADS),
-                _split(dims),
-                _split(dtypes, SPEED_UP),
-                _split(blocks),
-                _split(threads),
+                split(groupings, HEADS),
+                split(dims),
+                split(dtypes, SPEED_UP),
+                split(blocks),
+                split(threads),
             )
         ]
-        shares = _split(densities)
+        shares = split(densities)
         captured = _captured(model, real or [], parse_length(real_length), parse_layers(layers))
     of_real = [
         Shape(given.q.shape[1], "GQA", given.q.shape[2], dtype, block, int(count), name)
         for (name, block), given in captured.items()
-        for dtype, count in itertools.product(_split(dtypes), _split(threads))
+        for dtype, count in itertools.product(split(dtypes), split(threads))
     ]
     file = RowFile(output / "rows.jsonl", {})
     shapes = [*of_random, *of_real]
@@ -148,7 +148,12 @@ def main(
     console.print(table, markup=False)
 
 
-def _split(text: str, known: Any = None) -> list[str]:
+def split(text: str, known: Any = None) -> list[str]:
+    """The parts of a list with commas.
+
+    Raises:
+        ValueError: a part is none of `known`.
+    """
     parts = [part.strip() for part in text.split(",")]
     if known is not None and (unknown := sorted(set(parts) - set(known))):
         raise ValueError(f"{', '.join(unknown)}: choose of {', '.join(known)}")
@@ -204,9 +209,7 @@ def _timed(shape: Shape, given: Inputs, rounds: Sequence[int], flex: bool) -> It
     square = torch.randn(2048, 2048).to(dtype)
     calls: dict[str, Callable[[], Any]] = {
         "matmul": lambda: square @ square,
-        SDPA: lambda: scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=True, scale=given.scale, enable_gqa=True
-        ),
+        SDPA: dense(q, k, v, given.scale),
     }
     # Compiled code holds the number of threads.
     torch.compiler.reset()
@@ -226,10 +229,17 @@ def _timed(shape: Shape, given: Inputs, rounds: Sequence[int], flex: bool) -> It
         yield {
             **asdict(shape),
             "round": round_,
-            "seconds": {name: _seconds(calls[name]) for name in order},
+            "seconds": {name: seconds_of(calls[name]) for name in order},
             "density": {name: plan.density for name, plan in given.plans.items()},
             "operations": _operations(q, v),
         }
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Any]:
+    """A call of causal SDPA."""
+    return lambda: scaled_dot_product_attention(
+        q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True
+    )
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> Callable[[], Any]:
@@ -244,7 +254,7 @@ def _flex(
     )
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def seconds_of(call: Callable[[], Any]) -> float:
     """Of one call, the mean over as many as take LEAST_SECONDS."""
     start, done = time.perf_counter(), 0
     while done == 0 or time.perf_counter() - start < LEAST_SECONDS:

@@ -131,6 +131,18 @@ class BlockScorer(Method):
 
         The count may tell more heads apart than the ranking: those share a list.
         """
+        return self._choose(scores, grid, q, k, scale, None)
+
+    def _choose(
+        self,
+        scores: Tensor,
+        grid: BlockGrid,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        loss: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `choose`; `loss` is what `held_out` measures otherwise."""
         causal = grid.causal()
         forced = grid.forced(self.sink_blocks, self.local_blocks)
         order = selection.rank(scores, causal, forced)
@@ -146,7 +158,11 @@ class BlockScorer(Method):
             mass = selection.mass_of(scores, causal)
             count = selection.count_global(mass, causal, forced, self.keep)
         elif self.select == "held_out":
-            count = self._held_out_budget(order, grid, q, k, scale)[:, None].expand(-1, grid.rows)
+            if loss is None:
+                loss = self._held_out_loss(order, grid, q, k, scale)
+            # So many blocks leave a loss of 1 - `gamma`.
+            allowed = 1 - per_head(self.gamma, q.shape[0], q.device)[:, 0]
+            count = ((loss > allowed).sum(-1) + 1)[:, None].expand(-1, grid.rows)
         else:
             count = self.head_budget(q, k, scale)[:, None].expand(-1, grid.rows)
         count = count.clamp(min=-(-self.min_budget // self.block_k))
@@ -162,16 +178,14 @@ class BlockScorer(Method):
         mass = probe_mass(q[:, -self.block_size :], k, scale, self.block_k)
         return selection.reach(mass, per_head(self.gamma, q.shape[0], q.device).flatten())
 
-    def _held_out_budget(
+    def _held_out_loss(
         self, order: Tensor, grid: BlockGrid, q: Tensor, k: Tensor, scale: float
     ) -> Tensor:
-        """int64 `[heads]`: blocks that leave the held-out rows a loss of 1 - `gamma`."""
+        """float32 `[heads, blocks]`: what held-out rows lose by so many blocks; `ranking_loss`."""
         order, stride = self.ranking_to_test(order, grid, q, k, scale)
-        loss = ranking_loss(
+        return ranking_loss(
             q, k, scale, order, block_q=grid.block_q, block_k=grid.block_k, stride=stride
         )
-        allowed = 1 - per_head(self.gamma, q.shape[0], q.device).flatten()
-        return (loss > allowed[:, None]).sum(-1) + 1
 
     def ranking_to_test(
         self, order: Tensor, grid: BlockGrid, q: Tensor, k: Tensor, scale: float

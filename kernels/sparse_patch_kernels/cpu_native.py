@@ -3,7 +3,8 @@
 The source ships with the package. The first call compiles it for this very CPU, which takes a few
 seconds, into the cache folder (`$SPARSE_PATCH_CACHE`, else `~/.cache/sparse-patch`); later
 processes load it from there. Where there is no compiler, PyTorch does the work and a warning says
-so once; `SPARSE_PATCH_COMPILE=0` chooses that without a warning.
+so once; `SPARSE_PATCH_COMPILE=0` chooses that without a warning. `cpu_selection` loads its own in
+the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from .plan import BlockPlan
 
-SOURCE = Path(__file__).parent / "native" / "attention.cpp"
+NATIVE = Path(__file__).parent / "native"
 DTYPES = (torch.float32, torch.bfloat16)
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-shared", "-pthread")
@@ -124,10 +125,20 @@ def attend(
 @functools.lru_cache(None)
 def _kernel() -> Any:
     """The C function, compiled if need be; None where that is not possible or not wanted."""
+    library = load("attention")
+    if library is None:
+        return None
+    kernel = library.sparse_patch_attention
+    kernel.argtypes, kernel.restype = [POINTER(_Call)], ctypes.c_int
+    return kernel
+
+
+def load(name: str) -> ctypes.CDLL | None:
+    """`native/<name>.cpp`, compiled if need be; None where that is not possible or not wanted."""
     if os.environ.get("SPARSE_PATCH_COMPILE") == "0":
         return None
     try:
-        kernel = ctypes.CDLL(str(build())).sparse_patch_attention
+        return ctypes.CDLL(str(build(name)))
     except (NoCompiler, OSError) as error:
         warnings.warn(
             "sparse_patch: the CPU backend runs without its compiled kernel, and slower: "
@@ -137,8 +148,6 @@ def _kernel() -> Any:
             stacklevel=2,
         )
         return None
-    kernel.argtypes, kernel.restype = [POINTER(_Call)], ctypes.c_int
-    return kernel
 
 
 @functools.lru_cache(None)
@@ -152,8 +161,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SPARSE_PATCH_CACHE") or "~/.cache/sparse-patch").expanduser()
 
 
-def build() -> Path:
-    """The kernel as a shared library, from the cache or compiled into it.
+def build(name: str = "attention") -> Path:
+    """`native/<name>.cpp` as a shared library, from the cache or compiled into it.
 
     Raises:
         NoCompiler: no compiler is there, or it fails.
@@ -163,16 +172,18 @@ def build() -> Path:
     if compiler is None:
         raise NoCompiler(f"no {', '.join(_COMPILERS)} on PATH")
     command = [*shlex.split(compiler), *_FLAGS]
-    library = cache_folder() / "kernels" / f"attention-{_fingerprint(command)}.so"
+    source = NATIVE / f"{name}.cpp"
+    library = cache_folder() / "kernels" / f"{name}-{_fingerprint(source, command)}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        _compile(command, library)
+        _compile(source, command, library)
     return library
 
 
-def _fingerprint(command: Sequence[str]) -> str:
+def _fingerprint(source: Path, command: Sequence[str]) -> str:
     """Differs where the library would: source, compiler and its flags, and the CPU."""
-    parts = [SOURCE.read_text(), *command, platform.platform(), platform.machine()]
+    texts = (path.read_text() for path in (source, NATIVE / "common.h"))
+    parts = [*texts, *command, platform.platform(), platform.machine()]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         about = subprocess.run(
             [command[0], "--version"], capture_output=True, text=True, timeout=60
@@ -184,12 +195,12 @@ def _fingerprint(command: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(command: Sequence[str], library: Path) -> None:
+def _compile(source: Path, command: Sequence[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         new = Path(scratch) / library.name
         errors = ""
         for native in _NATIVE:
-            call = [*command, native, "-o", str(new), str(SOURCE)]
+            call = [*command, native, "-o", str(new), str(source)]
             try:
                 done = subprocess.run(call, capture_output=True, text=True, timeout=600)
             except (OSError, subprocess.TimeoutExpired) as error:

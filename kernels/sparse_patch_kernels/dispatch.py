@@ -1,4 +1,4 @@
-"""Which functions run as Triton kernels: a plain function gives its work away where one can run.
+"""Which functions run as Triton kernels, or compiled on a CPU: plain ones give their work away.
 
 Nothing here imports Triton until a tensor on a GPU asks for it.
 """
@@ -50,8 +50,28 @@ def has_kernel(module: str) -> Callable[[F], F]:
                     return result
             return plain(x, *args, **kwargs)
 
-        either.plain = plain  # type: ignore[attr-defined]
+        either.plain = getattr(plain, "plain", plain)  # type: ignore[attr-defined]
         KERNELS[plain.__name__] = (module, either)
         return cast(F, either)
 
     return wrap
+
+
+def has_native(plain: F) -> F:
+    """Mark a plain PyTorch function that `cpu_selection` has, compiled, under the same name.
+
+    Called with a first tensor on a CPU, that one runs instead; the rest is as for `has_kernel`,
+    which goes on top where a function has both.
+    """
+
+    @functools.wraps(plain)
+    def either(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.device.type == "cpu":
+            native = importlib.import_module(".cpu_selection", __package__)
+            result = getattr(native, plain.__name__)(x, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return plain(x, *args, **kwargs)
+
+    either.plain = plain  # type: ignore[attr-defined]
+    return cast(F, either)

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan, RunList
-from sparse_patch_kernels.dispatch import has_kernel
+from sparse_patch_kernels.dispatch import has_kernel, has_native
 from torch import Tensor
 
 from ..registry import Method, check_sequence, param, register
@@ -97,13 +97,13 @@ class Hip(Method):
         leaves, count = search_leaves(q, k, scale, self)
         return RunList(self.sink + leaves * self.block_k, count, self.block_k)
 
-    def _leaf_counts(self, q_len: int, q_offset: int) -> Tensor:
+    def leaf_counts(self, q_len: int, q_offset: int) -> Tensor:
         """int64 `[blocks]`: leaves between the sink and the window of the block's last row."""
         ends = torch.arange(self.block_q, q_len + self.block_q, self.block_q).clamp(max=q_len)
         far = (ends + q_offset - self.window - self.sink).clamp(min=0)
         return -(-far // self.block_k)
 
-    def _sampled_rows(self, q_len: int) -> Tensor:
+    def sampled_rows(self, q_len: int) -> Tensor:
         """int64 `[blocks, rows]`: the last of every `stride_q` rows, and of the call where it ends.
 
         A row may come twice, which changes no maximum.
@@ -113,16 +113,16 @@ class Hip(Method):
         row = torch.arange(1, n + 1) * self.stride_q - 1
         return (first + row.clamp(max=self.block_q - 1)).clamp(max=q_len - 1)
 
-    def _by_rounds(self, n_leaves: Tensor, keep: int, chunks: int) -> Iterator[tuple[int, Tensor]]:
+    def by_rounds(self, n_leaves: Tensor, keep: int, chunks: int) -> Iterator[tuple[int, Tensor]]:
         """How many rounds of search blocks need, and which: for every number but none."""
-        largest = self._edges(n_leaves, chunks).diff().amax(-1)
+        largest = self.edges(n_leaves, chunks).diff().amax(-1)
         # One at least: a beam wider than the leaves still has to choose among them.
         rounds = torch.tensor([max(1, (n - 1).bit_length()) for n in largest.tolist()])
         rounds = rounds.masked_fill(n_leaves <= keep, 0)
         for n in sorted(set(rounds.tolist()) - {0}):
             yield n, (rounds == n).nonzero()[:, 0]
 
-    def _edges(self, n_leaves: Tensor, chunks: int) -> Tensor:
+    def edges(self, n_leaves: Tensor, chunks: int) -> Tensor:
         """int64 `[n, chunks + 1]`: bounds of the first chunks of `n_leaves [n]`, in leaves."""
         edges = torch.arange(chunks + 1) * n_leaves[:, None] // chunks
         if self.init == "floor":
@@ -157,6 +157,7 @@ class Hip(Method):
 
 
 @has_kernel("tree_search")
+@has_native
 def search_leaves(q: Tensor, k: Tensor, scale: float, tree: Hip) -> tuple[Tensor, Tensor]:
     """The leaves that each head and query block keeps, counted from the sink.
 
@@ -173,22 +174,22 @@ def search_leaves(q: Tensor, k: Tensor, scale: float, tree: Hip) -> tuple[Tensor
     group, q_offset, device = heads // k.shape[0], k.shape[1] - q_len, q.device
     keep = -(-tree.mask_k // tree.block_k)
     chunks = keep * tree.beam_factor
-    n_leaves = tree._leaf_counts(q_len, q_offset)
+    n_leaves = tree.leaf_counts(q_len, q_offset)
     leaves = torch.arange(keep, device=device, dtype=torch.int32).repeat(heads, len(n_leaves), 1)
     count = n_leaves.clamp(max=keep).to(device, torch.int32).repeat(heads, 1)
     # A view: leaf i of KV head h is keys[h, i].
     keys = k[:, tree.sink : tree.sink + int(n_leaves.max()) * tree.block_k]
     keys = keys.view(k.shape[0], -1, tree.block_k, dim)[:, :, :: tree.stride_k]
-    rows = tree._sampled_rows(q_len).to(device)
+    rows = tree.sampled_rows(q_len).to(device)
     # So many pairs of a query block and a head at a time that their gathered keys fit a tile.
     step = max(1, TILE_ELEMENTS // (2 * chunks * keys.shape[2] * dim))
-    for rounds, blocks in tree._by_rounds(n_leaves, keep, chunks):
+    for rounds, blocks in tree.by_rounds(n_leaves, keep, chunks):
         for part in torch.split(torch.cartesian_prod(blocks, torch.arange(heads)), step):
             n = n_leaves[part[:, 0]]
             width = chunks
             if rounds == 1 and tree.init == "floor":  # scores every leaf: two a chunk will do
                 width = min(chunks, -(-int(n.max()) // 2))
-            edges = tree._edges(n, width).to(device)
+            edges = tree.edges(n, width).to(device)
             block, head = part.to(device).unbind(1)
             row = rows[block]
             score = _LeafScorer(

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from sparse_patch_kernels import BlockPlan, RunList
+from sparse_patch_kernels.dispatch import has_native
 from torch import Tensor
 
 from ..registry import Method, check_sequence, param, register
@@ -145,11 +146,11 @@ class InfiniteHip(Method):
         return kv_len <= self.sink + self._window + spare
 
     def _blocks_at_once(self, q: Tensor, kv_len: int) -> int:
-        """Query blocks whose scans gather no more keys than fit a tile."""
+        """Query blocks whose scores fit a tile."""
         most = -(-kv_len // self.chunks[0])
         for kept, chunk in zip(self.keep, self.chunks[1:], strict=False):
             most = max(most, -(-kept // chunk))
-        return max(1, TILE_ELEMENTS // (q.shape[0] * most * 2 * q.shape[2]))
+        return max(1, TILE_ELEMENTS // (q.shape[0] * most))
 
     def _plan_of(self, starts: Tensor, q_len: int, kv_len: int, window: int) -> BlockPlan:
         count = (starts < kv_len).sum(-1, dtype=torch.int32)
@@ -176,11 +177,11 @@ class InfiniteHip(Method):
         grid = torch.arange(self.sink, max(stop, self.sink), self.chunks[0])
         starts = done[-1] if done else grid.to(q.device).expand(1, len(first), -1)
         lists = list(done)
-        q = q.float() * scale
         for stage in range(len(done), len(self.chunks)):
-            queries = _group_rows(q, self.block_q, self.stride_q[stage])
-            scan = _Scan(queries, k, limit.to(q.device)[:, None], end.to(q.device)[:, None])
-            scores = scan(starts, self.chunks[stage])
+            queries = _group_rows(q, self.block_q, self.stride_q[stage], scale)
+            scores = scan_chunks(
+                queries, k, starts, limit.to(q.device), end.to(q.device), self.chunks[stage]
+            )
             if self.lists == "shared":
                 scores = scores.amax(0, keepdim=True)
             starts = self._prune(stage, starts, scores)
@@ -199,57 +200,76 @@ class InfiniteHip(Method):
         return (kept[..., None] + parts).flatten(-2).clamp(max=_NONE)
 
 
-def _group_rows(q: Tensor, block: int, stride: int) -> Tensor:
-    """`[heads, rows, dim]` -> `[heads, blocks, groups, dim]`: means of `stride` rows.
+def _group_rows(q: Tensor, block: int, stride: int, scale: float) -> Tensor:
+    """`[heads, rows, dim]` -> `[heads, blocks, groups, dim]`: means of `stride` rows, scaled.
 
-    The last group may be smaller, and comes again where the last block has fewer groups.
+    The last group may be smaller, and comes again where the last block has fewer groups. Single
+    rows stay what they are where a positive scale is all there is to change: it ranks no key.
     """
     n = q.shape[1]
-    means = pool_mean(q, stride)
+    means = q if stride == 1 and scale > 0 else pool_mean(q, stride) * scale
+    if n % block == 0:
+        return means.reshape(len(q), n // block, block // stride, q.shape[2])
     first = torch.arange(0, n, block, device=q.device)[:, None] // stride
     group = torch.arange(-(-min(block, n) // stride), device=q.device)
     return means[:, (first + group).clamp(max=means.shape[1] - 1)]
 
 
-@dataclass(frozen=True, eq=False)
-class _Scan:
-    """Binary scans of chunks for some query blocks.
+@has_native
+def scan_chunks(
+    queries: Tensor, k: Tensor, starts: Tensor, limit: Tensor, end: Tensor, chunk: int
+) -> Tensor:
+    """Best score on the path of a binary scan through each chunk, for some query blocks.
 
-    Attributes:
-        queries: float32 `[heads, blocks, groups, dim]`, scaled.
+    Args:
+        queries: `[heads, blocks, groups, dim]`, in k's dtype or float32.
         k: `[kv_heads, kv_len, dim]`.
-        limit: int64 `[blocks, 1]`: an interval that begins after it is not looked at.
-        end: int64 `[blocks, 1]`: chunks are cut off here.
+        starts: int64 `[1 or heads, blocks, n]`, where chunks of `chunk` tokens begin, ascending.
+        limit: int64 `[blocks]`: an interval that begins after it is not looked at.
+        end: int64 `[blocks]`: chunks are cut off here.
+
+    Returns:
+        float32 `[heads, blocks, n]`; -inf where a chunk begins after the limit.
     """
+    heads, blocks, _, dim = queries.shape
+    best = torch.full((heads, *starts.shape[1:]), float("-inf"), device=starts.device)
+    step = max(1, TILE_ELEMENTS // (heads * max(1, starts.shape[2]) * 2 * dim))
+    for first in range(0, blocks, step):
+        some = slice(first, first + step)
+        # Starts ascend: those in sight come first.
+        n = int((starts[:, some] <= limit[some, None]).sum(-1).max())
+        best[:, some, :n] = _scan(
+            queries[:, some].float(),
+            k,
+            starts[:, some, :n].expand(heads, -1, -1),
+            limit[some, None],
+            end[some, None],
+            chunk,
+        )
+    return best
 
-    queries: Tensor
-    k: Tensor
-    limit: Tensor
-    end: Tensor
 
-    def __call__(self, starts: Tensor, chunk: int) -> Tensor:
-        """float32 `[heads, blocks, n]`: best score on the path through each chunk.
+def _scan(
+    queries: Tensor, k: Tensor, left: Tensor, limit: Tensor, end: Tensor, chunk: int
+) -> Tensor:
+    right = torch.minimum(left + chunk, end)
+    best = torch.full(left.shape, float("-inf"), device=left.device)
+    # The authors scan once more where nothing is left to halve: that key has been scored.
+    for _ in range(max(1, (chunk - 1).bit_length())):
+        active = (left < right) & (left <= limit)
+        middle = (left + right) // 2
+        keys = torch.stack([(left + middle) // 2, (middle + right) // 2], -1)
+        scores = _scores(queries, k, keys)
+        best = torch.where(active, torch.maximum(best, scores.amax(-1)), best)
+        goes_left = scores[..., 0] > scores[..., 1]
+        right = torch.where(active & goes_left, middle, right)
+        left = torch.where(active & ~goes_left, middle, left)
+    return best
 
-        -inf where a chunk of `starts [1 or heads, blocks, n]` begins after the limit.
-        """
-        left = starts.expand(self.queries.shape[0], -1, -1)
-        right = torch.minimum(left + chunk, self.end)
-        best = torch.full(left.shape, float("-inf"), device=left.device)
-        # The authors scan once more where nothing is left to halve: that key has been scored.
-        for _ in range(max(1, (chunk - 1).bit_length())):
-            active = (left < right) & (left <= self.limit)
-            middle = (left + right) // 2
-            keys = torch.stack([(left + middle) // 2, (middle + right) // 2], -1)
-            scores = self._scores(keys)
-            best = torch.where(active, torch.maximum(best, scores.amax(-1)), best)
-            goes_left = scores[..., 0] > scores[..., 1]
-            right = torch.where(active & goes_left, middle, right)
-            left = torch.where(active & ~goes_left, middle, left)
-        return best
 
-    def _scores(self, keys: Tensor) -> Tensor:
-        """float32, q . k of the best group of rows, for positions `keys [heads, blocks, n, 2]`."""
-        heads = len(keys)
-        kv_head = torch.arange(heads, device=keys.device) * len(self.k) // heads
-        picked = self.k[kv_head[:, None, None], keys.flatten(2).clamp(max=self.k.shape[1] - 1)]
-        return (self.queries @ picked.float().mT).amax(2).view(keys.shape)
+def _scores(queries: Tensor, k: Tensor, keys: Tensor) -> Tensor:
+    """float32, q . k of the best group of rows, for positions `keys [heads, blocks, n, 2]`."""
+    heads = len(keys)
+    kv_head = torch.arange(heads, device=keys.device) * len(k) // heads
+    picked = k[kv_head[:, None, None], keys.flatten(2).clamp(max=k.shape[1] - 1)]
+    return (queries @ picked.float().mT).amax(2).view(keys.shape)

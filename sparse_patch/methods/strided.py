@@ -29,11 +29,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sparse_patch_kernels import BlockPlan
+from sparse_patch_kernels.dispatch import uses_triton
 from torch import Tensor
 
 from ..block_scorer import POLICIES, BlockScorer
-from ..registry import param, register
-from ..scoring import token_scores
+from ..registry import check_sequence, param, register
+from ..scoring import scores_and_loss, token_scores
 from ..selection import BlockGrid, rank
 from .proxyattn import proxy_heads
 
@@ -78,6 +80,28 @@ class Strided(BlockScorer):
     def block_k(self) -> int:
         """Tokens per key block."""
         return self.key_block or self.block_size
+
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
+        """See BlockScorer.plan; on a CPU the sample is scored once for ranking and budget."""
+        one_pass = self.select == "held_out" and self.rank == "head" and self.weigh != "max"
+        if not one_pass or uses_triton(q):
+            return super().plan(q, k, scale=scale, q_offset=q_offset)
+        check_sequence(q, k, q_offset)
+        grid = BlockGrid(q.shape[1], k.shape[1], self.block_size, self.block_k, q.device)
+        if self._is_exact(grid):
+            return None
+        causal, forced = grid.causal(), grid.forced(self.sink_blocks, self.local_blocks)
+        scores, loss = scores_and_loss(
+            q,
+            k,
+            scale,
+            lambda scores, rows: rank(scores, causal[rows], forced[rows]),
+            block=self.block_size,
+            block_k=self.block_k,
+            stride=self.stride,
+            reduce=self.weigh,
+        )
+        return self.make_plan(*self._choose(scores, grid, q, k, scale, loss), grid)
 
     def block_scores(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> Tensor:
         return self._scores_of_rows(q, k, scale, self.stride)

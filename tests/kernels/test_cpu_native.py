@@ -85,11 +85,13 @@ def test_other_source_flags_or_compiler_make_another_library(fresh, monkeypatch,
     names = {cpu_native.build().name}
     monkeypatch.setattr(cpu_native, "_FLAGS", (*cpu_native._FLAGS, "-DNDEBUG"))
     names.add(cpu_native.build().name)
-    source = tmp_path / "attention.cpp"
-    source.write_text(cpu_native.SOURCE.read_text() + "\n// changed\n")
-    monkeypatch.setattr(cpu_native, "SOURCE", source)
-    names.add(cpu_native.build().name)
-    assert len(names) == 3
+    for changed in ("attention.cpp", "common.h"):
+        copy = shutil.copytree(cpu_native.NATIVE, tmp_path / changed)
+        with (copy / changed).open("a") as source:
+            source.write("\n// changed\n")
+        monkeypatch.setattr(cpu_native, "NATIVE", copy)
+        names.add(cpu_native.build().name)
+    assert len(names) == 4
 
 
 @needs_compiler

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from sparse_patch import get_method
+from sparse_patch import block_scorer, get_method, scoring
+from sparse_patch.block_scorer import BlockScorer
 from sparse_patch.selection import BlockGrid, rank
 from tests.golden.gen_inputs import make_qkv
+from tests.kernels.structured import sequence
 
 BLOCK = 32
 
@@ -144,3 +146,27 @@ def test_the_fine_preset_lists_pieces_of_16_keys_and_keeps_the_last_rows_dense()
     assert plan.density < 1
     causal = torch.ones(64, 1024, dtype=torch.bool).tril(960)
     assert bool((mask[:, -64:] == causal).all())
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(420, 420), (75, 420), (130, 200), (37, 333)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 16, "stride": 4},
+        {"block_size": 16, "stride": 16},
+        {"block_size": 32, "stride": 8, "key_block": 8, "weigh": "rms"},
+        {"block_size": 16, "stride": 1},
+    ],
+    ids=str,
+)
+def test_one_pass_over_the_sample_chooses_what_three_do(options, q_len, kv_len, monkeypatch):
+    q, k, scale = sequence(4, 2, q_len, kv_len, 16)
+    method = get_method("strided", gamma=0.6, **options)
+    offset = kv_len - q_len
+    want = BlockScorer.plan(method, q, k, scale=scale, q_offset=offset).to_dense_mask()
+    assert 0 < int(want.sum()) < 4 * q_len * kv_len // 2
+    monkeypatch.setattr(block_scorer, "ranking_loss", lambda *_, **__: pytest.fail("another pass"))
+    for tile in (scoring.TILE_ELEMENTS, 1):
+        monkeypatch.setattr(scoring, "TILE_ELEMENTS", tile)
+        got = method.plan(q, k, scale=scale, q_offset=offset)
+        assert torch.equal(got.to_dense_mask(), want)

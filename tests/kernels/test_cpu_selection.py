@@ -1,0 +1,217 @@
+"""The compiled parts of selection on a CPU against the plain functions that they stand in for."""
+
+import shutil
+import warnings
+
+import pytest
+import torch
+from sparse_patch_kernels import cpu_native, cpu_selection, dispatch
+
+from sparse_patch import get_method
+from sparse_patch.methods.hip import Hip, search_leaves
+from sparse_patch.methods.infinite_hip import scan_chunks
+from sparse_patch.scoring import pooled_rows
+from tests.kernels.structured import laid_out, scattered, sequence
+from tests.methods.examples import SPARSE
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, cpu_native._COMPILERS)), reason="no C++ compiler on PATH"
+)
+DTYPES = cpu_native.DTYPES
+SMALL = {"block_q": 16, "block_k": 4, "mask_k": 32, "sink": 4, "window": 16}
+TREES = [
+    {},
+    {"rep": "first"},
+    {"init": "aligned"},
+    {"beam_factor": 2},
+    {"beam_factor": 100},
+    {"row_causal": False},
+    {"stride_k": 3},
+    {"block_k": 16, "mask_k": 48},
+    {"block_q": 96, "stride_q": 1},  # more rows than a panel has lanes
+]
+
+
+def masses(q, k, scale, rows, largest, width):
+    """From C++, and from PyTorch."""
+    seen = rows + k.shape[1] - q.shape[1] + 1
+    call = (q, k, scale, rows, seen)
+    got = cpu_selection.pooled_rows(*call, width=width, largest=largest)
+    assert got is not NotImplemented
+    return got, pooled_rows.plain(*call, width=width, largest=largest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("width", [1, 5, 16, 128])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "q_len", "kv_len", "dim"),
+    [(4, 2, 75, 75, 8), (6, 2, 300, 421, 64), (1, 1, 1, 40, 16), (3, 3, 64, 64, 130)],
+)
+def test_pooled_rows(heads, kv_heads, q_len, kv_len, dim, width, largest, dtype):
+    q, k, scale = sequence(heads, kv_heads, q_len, kv_len, dim, dtype)
+    for step in (1, 7):
+        rows = torch.arange(0, q_len, step)
+        got, want = masses(q, k, scale, rows, largest, width)
+        seen = want.isfinite()
+        assert torch.equal(got.isfinite(), seen)
+        # Logits are of some hundreds: floats of that size lie 3e-5 apart.
+        atol, rtol = (1e-4, 0) if largest else (1e-6, 1e-4)
+        torch.testing.assert_close(got[seen], want[seen], atol=atol, rtol=rtol)
+
+
+def test_pooled_rows_of_what_underflows():
+    q, k = torch.full((1, 2, 4), 8.0), torch.zeros(1, 64, 4)
+    k[:, 16:32], k[:, 40] = -8.0, 8.0  # logits of 0 and +-256
+    rows = torch.arange(2)
+    for largest in (False, True):
+        got, want = masses(q, k, 1.0, rows, largest, 16)
+        torch.testing.assert_close(got, want, atol=3e-5 if largest else 1e-6, rtol=1e-6)
+
+
+def test_a_row_with_a_nan_is_all_nan():
+    q, k, scale = sequence(2, 1, 40, 40, 8)
+    q[0, 33] = float("nan")
+    rows = torch.tensor([3, 33])
+    got, want = masses(q, k, scale, rows, False, 16)
+    assert bool(got[0, 1].isnan().all())
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("change", TREES, ids=str)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(700, 700), (130, 515), (1, 400)])
+def test_search_leaves(change, dtype, q_len, kv_len):
+    tree = Hip(**{**SMALL, **change})
+    q, k, scale = sequence(4, 2, q_len, kv_len, 16, dtype)
+    got = cpu_selection.search_leaves(q, k, scale, tree)
+    want = search_leaves.plain(q, k, scale, tree)
+    assert torch.equal(got[1], want[1])
+    valid = torch.arange(want[0].shape[2]) < want[1][..., None]
+    assert torch.equal(got[0][valid], want[0][valid])
+    assert got[0].shape == want[0].shape
+
+
+def test_search_takes_the_first_of_equal_leaves_and_bears_nan():
+    tree = Hip(**SMALL)
+    for value in (0.0, float("nan")):
+        q, k = torch.full((1, 300, 8), value), torch.ones(1, 300, 8)
+        got = cpu_selection.search_leaves(q, k, 1.0, tree)
+        assert torch.equal(got[1], search_leaves.plain(q, k, 1.0, tree)[1])
+        assert bool((got[0].diff(dim=-1) > 0)[..., : int(got[1].min()) - 1].all())
+        if value == 0:
+            assert torch.equal(got[0], search_leaves.plain(q, k, 1.0, tree)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [3, 16, 40])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
+@pytest.mark.parametrize("shared", [True, False])
+def test_scan_chunks(chunk, groups, dtype, shared):
+    blocks, n = 5, 40
+    q, k, _ = sequence(4, 2, blocks * groups, 700, 16, dtype)
+    starts = torch.arange(n).repeat(1 if shared else 4, blocks, 1) * chunk + 3
+    starts[..., -2:] = torch.iinfo(torch.int32).max
+    end = torch.arange(1, blocks + 1) * 130
+    call = (q.unflatten(1, (blocks, groups)), k, starts, end - 60, end, chunk)
+    got, want = cpu_selection.scan_chunks(*call), scan_chunks.plain(*call)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_scans_with_averaged_queries_take_keys_in_half_precision():
+    q, k, _ = sequence(2, 1, 32, 200, 16)
+    call = torch.arange(0, 160, 8).repeat(1, 2, 1), torch.full((2,), 150), torch.full((2,), 190), 8
+    queries, keys = q.unflatten(1, (2, 16)), k.bfloat16()
+    got, want = (
+        cpu_selection.scan_chunks(queries, keys, *call),
+        scan_chunks.plain(queries, keys, *call),
+    )
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_layout_in_memory(dtype):
+    q, k, scale = sequence(4, 2, 200, 200, 16, dtype)
+    rows, tree = torch.arange(0, 200, 3), Hip(**SMALL)
+    want, _ = masses(q, k, scale, rows, False, 16)
+    torch.testing.assert_close(masses(laid_out(q), laid_out(k), scale, rows, False, 16)[0], want)
+    leaves = cpu_selection.search_leaves(laid_out(q), laid_out(k), scale, tree)
+    assert torch.equal(leaves[0], cpu_selection.search_leaves(q, k, scale, tree)[0])
+    # Rows that are not in one piece are PyTorch's.
+    assert cpu_selection.search_leaves(scattered(q), k, scale, tree) is NotImplemented
+    assert torch.equal(search_leaves(scattered(q), k, scale, tree)[0], leaves[0])
+
+
+def test_what_it_cannot_take_is_pytorch_s():
+    q, k, scale = sequence(2, 1, 300, 300, 16)
+    rows, tree = torch.arange(4), Hip(**SMALL)
+
+    def both(q, k, scale, width=16):
+        return (
+            cpu_selection.pooled_rows(q, k, scale, rows, rows + 1, width=width),
+            cpu_selection.search_leaves(q, k, scale, tree),
+        )
+
+    assert NotImplemented not in both(q, k, scale)
+    for dtype in (torch.float16, torch.float64):
+        assert both(q.to(dtype), k.to(dtype), scale) == (NotImplemented,) * 2
+    assert both(q.bfloat16()[..., :15], k.bfloat16()[..., :15], scale) == (NotImplemented,) * 2
+    assert both(q, k, -1.0) == (NotImplemented,) * 2
+    assert both(q, k, scale, width=5000)[0] is NotImplemented
+
+
+def test_threads_change_nothing(monkeypatch):
+    q, k, scale = sequence(4, 2, 500, 500, 16)
+    rows, tree = torch.arange(0, 500, 2), Hip(**SMALL)
+    found = []
+    for n in (1, 2, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
+        found.append(
+            (
+                masses(q, k, scale, rows, False, 16)[0],
+                *cpu_selection.search_leaves(q, k, scale, tree),
+            )
+        )
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
+def test_builds_for_older_cpus_are_right_too(monkeypatch, tmp_path, cpu):
+    """SSE2 and AVX2: other vectors, and bfloat16 widened."""
+    if cpu_native.platform.machine() != "x86_64":
+        pytest.skip("flags of another architecture")
+    monkeypatch.setenv("SPARSE_PATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu_native, "_NATIVE", (f"-march={cpu}",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        library = cpu_native.load("selection")
+    assert library is not None
+    monkeypatch.setattr(cpu_selection, "_library", lambda: library)
+    for dtype in DTYPES:
+        for largest in (False, True):
+            test_pooled_rows(6, 2, 300, 421, 64, 16, largest, dtype)
+        for change in TREES:
+            test_search_leaves(change, dtype, 130, 515)
+        test_scan_chunks(64, 16, dtype, True)
+        test_scan_chunks(7, 40, dtype, False)
+
+
+@pytest.mark.parametrize("name", sorted(SPARSE))
+def test_without_a_compiler_methods_keep_the_same(name, monkeypatch):
+    method = get_method(name, **SPARSE[name])
+    q, k, scale = sequence(4, 2, 420, 420, 16)
+    plan = method.plan(q, k, scale=scale, q_offset=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu_selection, "_library", lambda: None)
+        other = method.plan(q, k, scale=scale, q_offset=0)
+    assert torch.equal(plan.to_dense_mask(), other.to_dense_mask())
+
+
+def test_a_plain_function_stays_at_hand():
+    # Under both marks, the one that scripts compare kernels with is the innermost.
+    assert search_leaves.plain is dispatch.KERNELS["search_leaves"][1].plain
+    q, k, scale = sequence(1, 1, 100, 100, 8)
+    want = pooled_rows.plain(q, k, scale, torch.arange(5), torch.arange(5) + 1, width=8)
+    got = pooled_rows(q, k, scale, torch.arange(5), torch.arange(5) + 1, width=8)
+    torch.testing.assert_close(got, want)
