@@ -97,7 +97,8 @@ def inspect(
         def text_until(position: int) -> str:
             return str(tokenizer.decode(ids[0, max(0, position - _WORDS) : position + 1]))
 
-        names = tuple(tokenizer.decode([x]) for x in (found.dense_token, found.sparse_token))
+        # Quoted: it may be white space.
+        names = [repr(tokenizer.decode([x])) for x in (found.dense_token, found.sparse_token)]
         html = page(found, about, text_until, (names[0], names[1]))
         output.mkdir(parents=True, exist_ok=True)
         (output / "inspect.html").write_text(html, encoding="utf-8")
