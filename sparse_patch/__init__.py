@@ -9,6 +9,7 @@ from sparse_patch_kernels import BackendUnavailable, BlockPlan, RunList
 from .diagnostics import recall
 from .inspection import HeadView, Inspection, LayerView, inspect
 from .patching import Patch, patch, report, unpatch
+from .profiles import Profile
 from .registry import Method, MethodInfo, describe, get_method, list_methods, param, register
 from .reporting import LayerReport, Report
 from .routing import SparsePatchWarning
@@ -25,6 +26,7 @@ __all__ = [
     "Method",
     "MethodInfo",
     "Patch",
+    "Profile",
     "Report",
     "RunList",
     "SparsePatchWarning",

@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from . import methods as _methods  # noqa: F401 - registers the built-in methods
 from .attention import STATE, attention_function
 from .budget import ELSEWHERE_MIN_LENGTH, Budget
 from .costs import CostModel, of_this_machine
+from .profiles import Auto, Profile, shape_of
 from .registry import Method, get_method
 from .reporting import Report, make_report
 from .routing import LayerState, Options, Watch
@@ -53,8 +55,9 @@ NATIVE_SPARSE = {
 
 def patch(
     model: nn.Module,
-    method: str | Method,
+    method: str | Method | None = None,
     *,
+    profile: Profile | str | Path | None = None,
     layers: Iterable[int] | None = None,
     dense_layers: int | Iterable[int] | None = None,
     min_length: int | Literal["auto"] = 1024,
@@ -76,7 +79,9 @@ def patch(
     Args:
         model: a Transformers decoder model, or a wrapper that holds one. Of a vision-language model
             only the text decoder is patched.
-        method: a name from `list_methods()`, or a method object.
+        method: a name from `list_methods()`, or a method object. With a profile: "auto", or none.
+        profile: which method each head runs: a file that `sparse-patch tune` wrote for a model of
+            this type and shape, or what `Profile.load` reads from it.
         layers: indices of the layers to patch, negative from the end; default: all.
         dense_layers: layers kept exact: indices, or a number n for the first n; default: the
             method's own (0 for most).
@@ -106,9 +111,12 @@ def patch(
         sparse_patch_kernels.BackendUnavailable: the backend named cannot run on the model's device.
     """
     root = _transformers_model(model)
-    chosen = _as_method(method, params)
-    _refuse_split_heads(root, chosen)
     modules = _attention_modules(root)
+    if profile is None:
+        chosen = _as_method(method, params)
+    else:
+        chosen = _of_profile(profile, method, params, _text_config(root))
+    _refuse_split_heads(root, chosen)
     if dense_layers is None:
         dense_layers = getattr(chosen, "dense_layers", 0)
     wanted, dense = _select_layers([layer for layer, _ in modules], layers, dense_layers)
@@ -265,7 +273,28 @@ def _refuse_weights(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Non
         )
 
 
-def _as_method(method: str | Method, params: dict[str, Any]) -> Method:
+def _of_profile(
+    profile: Profile | str | Path,
+    method: str | Method | None,
+    params: dict[str, Any],
+    config: PreTrainedConfig,
+) -> Method:
+    if method not in (None, "auto") or params:
+        raise ValueError(
+            f"profile= says which methods run: leave method={method!r} and parameters "
+            f"{sorted(params)} out"
+        )
+    loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
+    loaded.check_model(shape_of(config))
+    return Auto(profile=loaded)
+
+
+def _as_method(method: str | Method | None, params: dict[str, Any]) -> Method:
+    if method is None or method == "auto":
+        raise ValueError(
+            f"method={method!r}: name one (sparse_patch.list_methods()), or give a profile= that "
+            "`sparse-patch tune` wrote for this model"
+        )
     if isinstance(method, str):
         return get_method(method, **params)
     if params:

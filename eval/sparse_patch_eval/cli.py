@@ -21,6 +21,7 @@ import sparse_patch
 from sparse_patch_eval.cli_eval import evaluate, list_tasks
 from sparse_patch_eval.cli_inspect import inspect
 from sparse_patch_eval.cli_report import report
+from sparse_patch_eval.cli_tune import tune
 from sparse_patch_eval.demo import STEPS_PER_LENGTH, DemoRow, run_length, warm_up
 from sparse_patch_eval.models import load_for_lengths
 from sparse_patch_eval.options import parse_lengths, parse_method
@@ -36,6 +37,7 @@ app.command("eval")(evaluate)
 app.command("tasks")(list_tasks)
 app.command("report")(report)
 app.command("inspect")(inspect)
+app.command("tune")(tune)
 console = Console()
 errors = Console(stderr=True)
 

@@ -1,0 +1,237 @@
+"""Profiles: which method each head of a model runs, with which parameters, in a JSON file.
+
+`sparse-patch tune` writes one for a model, from text; `patch(model, profile=...)` loads it. It is
+read as data and checked: names of methods, their parameters, and that it was made for a model of
+this type and shape.
+
+    {"format": "sparse-patch profile 1",
+     "model": {"type": "llama", "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64},
+     "layers": {"0": [{"heads": [0, 1, 2], "method": "xattention", "params": {"gamma": 0.8}}]},
+     "made": {...}}
+
+Heads that a layer does not name, and layers that are not there, run exact. What `made` says (the
+target, the text, what was measured) is for people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_patch_kernels import BlockPlan
+from torch import Tensor
+
+from .mixing import Part, merged
+from .registry import Method, check_sequence, get_method
+
+FORMAT = "sparse-patch profile 1"
+_SHAPE = ("layers", "heads", "kv_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some query heads of a layer, and their method.
+
+    The method plans for all query heads of the KV groups that hold these, in their order; values
+    per head in its parameters are meant for those. Its choices for `heads` are taken.
+    """
+
+    heads: tuple[int, ...]
+    name: str
+    params: Mapping[str, Any]
+    method: Method = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, heads: tuple[int, ...], name: str, params: Mapping[str, Any]) -> Share:
+        """Raises ValueError where the method or a parameter does not exist."""
+        return cls(tuple(sorted(heads)), name, dict(params), get_method(name, **params))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"heads": list(self.heads), "method": self.name, "params": dict(self.params)}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Methods by layer and head, for models of one type and shape.
+
+    Attributes:
+        model: "type", and numbers of "layers", "heads", "kv_heads", and "head_dim".
+        layers: the shares of each layer that does not run exact.
+        made: how it came about, JSON-ready; not read.
+
+    Raises:
+        ValueError: a layer or head that such a model has not, or a head with two methods.
+    """
+
+    model: Mapping[str, Any]
+    layers: Mapping[int, tuple[Share, ...]]
+    made: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        numbers = [self.model.get(name) for name in _SHAPE]
+        if not isinstance(self.model.get("type"), str) or not all(map(_is_count, numbers)):
+            raise ValueError(
+                f"profile: model={dict(self.model)} must name a type, and numbers of "
+                f"{', '.join(_SHAPE)}"
+            )
+        for layer, shares in self.layers.items():
+            heads = [head for share in shares for head in share.heads]
+            if not 0 <= layer < self.model["layers"]:
+                raise ValueError(f"profile: layer {layer} of {self.model['layers']}")
+            if len(set(heads)) < len(heads):
+                raise ValueError(f"profile: layer {layer} gives a head two methods")
+            if not set(heads) <= set(range(self.model["heads"])):
+                raise ValueError(
+                    f"profile: layer {layer} names heads {heads}, of {self.model['heads']}"
+                )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read and check a file.
+
+        Raises:
+            ValueError: the file is not a profile, naming what is wrong.
+            OSError: it cannot be read.
+        """
+        try:
+            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"profile {path}: not JSON: {error}") from error
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Profile:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: naming what is wrong.
+        """
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"profile: no {FORMAT!r}; make one with `sparse-patch tune`")
+        layers, model = content.get("layers"), content.get("model")
+        if not isinstance(layers, dict) or not isinstance(model, dict):
+            raise ValueError('profile: "model" and "layers" must be objects')
+        made = content.get("made", {})
+        return cls(model, {_layer(name): _shares(name, of) for name, of in layers.items()}, made)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "format": FORMAT,
+            "model": dict(self.model),
+            "layers": {
+                str(layer): [share.to_dict() for share in shares]
+                for layer, shares in sorted(self.layers.items())
+            },
+            "made": dict(self.made),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def check_model(self, model: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless a model (see `shape_of`) is of this type and shape."""
+        wrong = [
+            f"{name} is {model[name]!r}, not {self.model[name]!r}"
+            for name in ("type", *_SHAPE)
+            if model[name] != self.model[name]
+        ]
+        if wrong:
+            raise ValueError(
+                f"profile: made for another model ({'; '.join(wrong)}); tune one for this model"
+            )
+
+
+def shape_of(config: Any) -> dict[str, Any]:
+    """Type and shape of a text model, as profiles name them, from its Transformers config."""
+    heads = config.num_attention_heads
+    return {
+        "type": config.model_type,
+        "layers": config.num_hidden_layers,
+        "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+    }
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _layer(name: str) -> int:
+    if not name.isdecimal():
+        raise ValueError(f"profile: layer {name!r} is no number")
+    return int(name)
+
+
+def _shares(layer: str, content: Any) -> tuple[Share, ...]:
+    wants = {"heads": list, "method": str, "params": dict}
+    if not isinstance(content, list):
+        raise ValueError(f"profile: layer {layer} must be a list")
+    for one in content:
+        if not isinstance(one, dict) or set(one) != set(wants):
+            raise ValueError(f"profile: layer {layer}: {one!r} must have {', '.join(wants)}")
+        for name, kind in wants.items():
+            if not isinstance(one[name], kind):
+                raise ValueError(f"profile: layer {layer}: {name}={one[name]!r} is of another type")
+        if not all(isinstance(head, int) for head in one["heads"]):
+            raise ValueError(f"profile: layer {layer}: heads={one['heads']} must be numbers")
+    return tuple(Share.of(tuple(one["heads"]), one["method"], one["params"]) for one in content)
+
+
+@dataclass(frozen=True)
+class Auto(Method):
+    """Runs the methods of a profile, head by head.
+
+    Attributes:
+        profile: says which.
+        layer: set by `for_layer`.
+    """
+
+    profile: Profile = field(kw_only=True, repr=False)
+    layer: int = -1
+
+    def for_layer(self, layer: int) -> Auto:
+        """See Method.for_layer."""
+        shares = self.profile.layers.get(layer, ())
+        own = tuple(
+            dataclasses.replace(share, method=share.method.for_layer(layer)) for share in shares
+        )
+        layers = {**self.profile.layers, layer: own} if own else self.profile.layers
+        return dataclasses.replace(
+            self, profile=dataclasses.replace(self.profile, layers=layers), layer=layer
+        )
+
+    def needs_all_heads(self) -> list[str]:
+        """See Method.needs_all_heads."""
+        return ["profile"]
+
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
+        """See Method.plan; None where every head of the layer runs exact.
+
+        Raises:
+            ValueError: methods of one layer whose plans cannot be mixed (see `mixing.merged`).
+        """
+        check_sequence(q, k, q_offset)
+        shares = self.profile.layers.get(self.layer, ())
+        heads, group = q.shape[0], q.shape[0] // k.shape[0]
+        if len(shares) == 1 and len(shares[0].heads) == heads:
+            return shares[0].method.plan(q, k, scale=scale, q_offset=q_offset)
+        parts = []
+        for share in shares:
+            groups = sorted({head // group for head in share.heads})
+            seen = [one * group + i for one in groups for i in range(group)]
+            plan = share.method.plan(q[seen], k[groups], scale=scale, q_offset=q_offset)
+            if plan is not None:
+                places = [seen.index(head) for head in share.heads]
+                parts.append(Part(share.heads, places, len(seen), plan))
+        return merged(parts, heads, k.shape[1], q.device)
