@@ -33,7 +33,7 @@ import typer
 from prefill_peers import PEERS, Peer, gguf_of
 from sparse_patch_eval.console import console, progress, user_errors
 from sparse_patch_eval.models import load_for_lengths
-from sparse_patch_eval.options import parse_lengths, parse_method
+from sparse_patch_eval.options import parse_length, parse_lengths, parse_method
 from sparse_patch_eval.peak import with_peak
 from sparse_patch_eval.plots import plot
 from sparse_patch_eval.prefill import prefill
@@ -89,6 +89,9 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Round r draws its prompt with seed + r.")] = 0,
+    min_length: Annotated[
+        str, typer.Option(help="Prompts of fewer tokens run exact; or `auto`, see `patch`.")
+    ] = "1024",
     peer: Annotated[
         list[str] | None,
         typer.Option(help=f"Another engine, of {', '.join(PEERS)}; may repeat."),
@@ -104,7 +107,8 @@ def main(
         peers = peer or []
         if unknown := set(peers) - set(PEERS):
             raise ValueError(f"--peer {', '.join(unknown)}: choose of {', '.join(PEERS)}")
-    setup = {"model": model, "dtype": dtype, "device": device, "text": text}
+        least = min_length if min_length == "auto" else parse_length(min_length)
+    setup = {"model": model, "dtype": dtype, "device": device, "text": text, "min_length": least}
     file = RowFile(output / "runs.jsonl", setup)
     names = [*specs, *peers]
     todo = {
@@ -132,7 +136,7 @@ def _start(
     stack: contextlib.ExitStack,
     names: Sequence[str],
     python: str,
-    setup: Mapping[str, str],
+    setup: Mapping[str, Any],
     longest: int,
 ) -> dict[str, Peer]:
     """Engines by name, which end with the stack."""
@@ -151,7 +155,7 @@ def _measure(
     engines: Mapping[str, Peer],
     prose: str,
     seed: int,
-    setup: dict[str, str],
+    setup: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Run the rounds `todo[length]` and yield a row per prefill."""
     lengths = [length for length, rounds in todo.items() if rounds]
@@ -160,7 +164,7 @@ def _measure(
         if warmed is not model:
             warm = passkey_prompt(tokenizer, WARM_UP_TOKENS, text=prose, seed=seed - 1).input_ids
             for variant in (None, *methods.values()):
-                _timed(model, warm.to(model.device), variant)
+                _timed(model, warm.to(model.device), variant, setup)
             for engine in engines.values():
                 engine.prefill(warm[0].tolist())
             warmed = model
@@ -170,14 +174,14 @@ def _measure(
                 if name in engines:
                     measured = _asked(engines[name], prompt[0].tolist())
                 else:
-                    measured = _timed(model, prompt.to(model.device), methods.get(name))
+                    measured = _timed(model, prompt.to(model.device), methods.get(name), setup)
                 if isinstance(measured["token"], int):  # engines may answer in text
                     measured["token"] = tokenizer.decode([measured["token"]])
                 yield {"length": length, "seed": seed + round_, "method": name, **measured}
 
 
 def _models(
-    setup: dict[str, str], lengths: list[int]
+    setup: dict[str, Any], lengths: list[int]
 ) -> Iterator[tuple[int, PreTrainedModel, PreTrainedTokenizerBase]]:
     with user_errors():
         yield from load_for_lengths(
@@ -189,10 +193,12 @@ def _asked(engine: Peer, ids: list[int]) -> dict[str, Any]:
     return {**engine.prefill(ids), "version": engine.version, "density": None, "calls": None}
 
 
-def _timed(model: PreTrainedModel, ids: Any, method: Method | None) -> dict[str, Any]:
+def _timed(
+    model: PreTrainedModel, ids: Any, method: Method | None, setup: Mapping[str, Any]
+) -> dict[str, Any]:
     if method is None:
         return {**_prefilled(model, ids), "density": None, "calls": None}
-    with sparse_patch.patch(model, method) as handle:
+    with sparse_patch.patch(model, method, min_length=setup["min_length"]) as handle:
         measured = _prefilled(model, ids)
         report = handle.report()
     calls = {"sparse": report.sparse_calls, "exact": report.exact}

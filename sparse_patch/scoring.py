@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from sparse_patch_kernels.dispatch import has_kernel, has_native, uses_triton
+from sparse_patch_kernels import dispatch
+from sparse_patch_kernels.dispatch import has_kernel, has_native
 from torch import Tensor
 
 # Largest matrix of probabilities a probe holds at a time, in elements (128 MiB in float32).
@@ -129,7 +130,7 @@ def probe_mass(q: Tensor, k: Tensor, scale: float, block: int) -> Tensor:
     Returns:
         float32 `[heads, blocks]`, summing to 1 per head.
     """
-    if uses_triton(q):
+    if dispatch.uses_triton(q):
         return pool_sum(probe_lines(q, k, scale)[0], block)
     rows = torch.arange(q.shape[1], device=q.device)
     seen = rows + k.shape[1] - q.shape[1] + 1

@@ -29,8 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sparse_patch_kernels import BlockPlan
-from sparse_patch_kernels.dispatch import uses_triton
+from sparse_patch_kernels import BlockPlan, dispatch
 from torch import Tensor
 
 from ..block_scorer import POLICIES, BlockScorer
@@ -84,7 +83,7 @@ class Strided(BlockScorer):
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
         """See BlockScorer.plan; on a CPU the sample is scored once for ranking and budget."""
         one_pass = self.select == "held_out" and self.rank == "head" and self.weigh != "max"
-        if not one_pass or uses_triton(q):
+        if not one_pass or dispatch.uses_triton(q):
             return super().plan(q, k, scale=scale, q_offset=q_offset)
         check_sequence(q, k, q_offset)
         grid = BlockGrid(q.shape[1], k.shape[1], self.block_size, self.block_k, q.device)
