@@ -56,7 +56,7 @@ def inspect(
     with user_errors():
         import sparse_patch
         from sparse_patch_eval.inspect_page import page
-        from sparse_patch_eval.models import load
+        from sparse_patch_eval.models import check_context, load
         from sparse_patch_eval.options import (
             choose_layers,
             parse_layers,
@@ -68,13 +68,12 @@ def inspect(
 
         chosen, wanted, tokens = parse_method(method), parse_layers(layers), parse_length(length)
         words = None if prompt is None else prompt.read_text(encoding="utf-8")
-        lm, tokenizer = load(
-            model, dtype=dtype, device=device, max_length=tokens if words is None else None
-        )
+        lm, tokenizer = load(model, dtype=dtype, device=device)
         if words is None:
             ids = passkey_prompt(tokenizer, tokens, text=long_text(text), seed=seed).input_ids
         else:
             ids = tokenizer(words, return_tensors="pt").input_ids
+        check_context(lm.config, ids.shape[1], "--length" if words is None else "--prompt")
         indices = choose_layers(lm, wanted)
         with progress() as bar:
             task = bar.add_task("layers", total=len(indices))

@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # seconds of import, which `--help` can do without
     from sparse_patch_eval.tune import Candidate, Measured
 
 METHODS = ["strided", "xattention", "proxyattn", "flexprefill"]
-TARGETS = ("recall", "kl", "speedup")
 # Last positions whose distributions a KL is the mean of.
 _KL_TOKENS = 64
 _SPEED_ROUNDS = 3
@@ -89,7 +88,7 @@ def tune(
 
         import sparse_patch
         from sparse_patch.profiles import shape_of
-        from sparse_patch_eval.models import load
+        from sparse_patch_eval.models import check_context, load
         from sparse_patch_eval.options import parse_length, split_method
         from sparse_patch_eval.prefill import machine
         from sparse_patch_eval.rows import RowFile
@@ -99,7 +98,8 @@ def tune(
         kind, aim = _target(target)
         tokens = parse_length(length)
         some = candidates(dict(split_method(spec) for spec in method or METHODS), steps)
-        lm, tokenizer = load(model, dtype=dtype, device="cpu", max_length=tokens)
+        lm, tokenizer = load(model, dtype=dtype, device="cpu")
+        check_context(lm.config, tokens, "--length")
         shape = shape_of(lm.config.get_text_config())
         setup = {"model": model, "dtype": dtype, "length": tokens, "rows": rows}
         file = RowFile(output / "measured.jsonl", setup)

@@ -158,6 +158,17 @@ def smollm2(cache_dir: Path | None = None) -> Path:
     return folder
 
 
+def check_context(config: PreTrainedConfig, length: int, option: str) -> None:
+    """Raise a ValueError, naming `option`, if a prompt is longer than what the model was made for:
+    it would run, but what it attends to there says nothing."""
+    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if trained is not None and length > trained:
+        raise ValueError(
+            f"{option}: {length:,} tokens, and the model was trained on {trained:,} positions; "
+            "take a shorter prompt or a model for longer ones"
+        )
+
+
 def stretch_context(config: PreTrainedConfig, length: int) -> None:
     """Change `config` so that a model built from it accepts `length` tokens; no-op if it does.
 

@@ -77,7 +77,8 @@ class Measured:
 
     def of(self, choice: Tensor) -> tuple[float, float]:
         """Mean density and recall of a choice `[layers, heads]`."""
-        return tuple(float(x.gather(0, choice[None]).mean()) for x in (self.density, self.recall))  # type: ignore[return-value]
+        density, recall = (x.gather(0, choice[None]) for x in (self.density, self.recall))
+        return float(density.mean()), float(recall.mean())
 
     def single(self, name: str, recall: float) -> float | None:
         """Density at which one setting of a method for all heads reaches a recall.
@@ -182,11 +183,12 @@ def block_mass(
     step = max(1, q_len // rows)
     row = torch.arange(q_len - 1, -1, -step).flip(0)
     pad = -kv_len % block_k
+    keys = k.float().mT
     parts = []
     for first in range(0, len(row), 128):
         some = row[first : first + 128]
         queries = (q[:, some].float() * attention.scale).reshape(len(k), -1, dim)
-        scores = (queries @ k.float().mT).view(heads, len(some), kv_len)
+        scores = (queries @ keys).view(heads, len(some), kv_len)
         late = torch.arange(kv_len) > (some + kv_len - q_len)[:, None]
         probs = scores.masked_fill_(late, float("-inf")).softmax(-1)
         probs = torch.nn.functional.pad(probs, (0, pad))

@@ -94,6 +94,7 @@ def test_what_the_prompt_says_is_shown_not_run(page):
         (["--layers", "7"], "7"),
         (["--prompt", "/nowhere/prompt.txt"], "/nowhere/prompt.txt"),
         (["--length", "many"], "many"),
+        (["--length", "8k"], "8,192 tokens"),
     ],
 )
 def test_bad_options_end_with_a_message_and_code_2(folder, arguments, message):

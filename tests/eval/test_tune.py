@@ -180,6 +180,7 @@ def test_a_run_writes_a_profile_that_patches_the_model(folder, tiny, tmp_path, t
         (["--target", "density=0.2"], "--target 'density=0.2'"),
         (["--target", "recall=much"], "--target 'recall=much'"),
         (["--method", "dense"], "no knob"),
+        (["--length", "8k"], "trained on 4,096 positions"),
         (["--method", "mean_pol"], "mean_pol"),
     ],
 )

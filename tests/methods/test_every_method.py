@@ -162,6 +162,19 @@ def test_asking_for_everything_is_exact_attention(name, shape):
     assert torch.equal(token_mask(plan, q, k), token_mask(None, q, k))
 
 
+@pytest.mark.parametrize("what", [float("nan"), float("inf"), float("-inf")])
+def test_broken_numbers_never_lead_out_of_range(name, what):
+    """On a GPU nobody looks at q and k before a method does, and nobody at its plan."""
+    for place in (0, slice(None)):
+        for broken in (0, 1):
+            q, k = sequence((4, 2), 263, 37, 1)
+            (q, k)[broken][:, -1 if place == 0 else place, place] = what
+            plan = plan_of(name, q, k)
+            if plan is not None:
+                plan.check()
+                assert 0 <= float(plan.head_density().min()) <= 1
+
+
 def test_sparse_examples_drop_something(name):
     q, k = sequence((4, 2), 256, 0, 1)
     plan = plan_of(name, q, k)
