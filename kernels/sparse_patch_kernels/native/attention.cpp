@@ -77,7 +77,7 @@ class Worker {
     k = static_cast<const In*>(c.k) + kv * c.k_head;
     v = static_cast<const In*>(c.v) + kv * c.v_head;
     for (size_t from = 0; from < keys.size(); from += TILE) {
-      attend(&keys[from], std::min<size_t>(TILE, keys.size() - from));
+      attend(from, std::min<size_t>(TILE, keys.size() - from));
     }
     write(head, end, block);
   }
@@ -143,8 +143,21 @@ class Worker {
 
   static int64_t place(int32_t key) { return key < 0 ? ~key : key; }
 
-  // Attend up to TILE keys.
-  void attend(const int32_t* key, int n) {
+  // Ask for keys from `from` to `end`: they lie all over the memory, and packing would wait.
+  void fetch(size_t from, size_t end) const {
+    for (size_t t = from; t < std::min(keys.size(), end); ++t) {
+      fetch(k + place(keys[t]) * c.k_row, c.dim);
+      fetch(v + place(keys[t]) * c.v_row, c.v_dim);
+    }
+  }
+  static void fetch(const In* row, int64_t n) {
+    constexpr int64_t LINE = 64 / sizeof(In);
+    for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(row + i, 0, 2);
+  }
+
+  // Attend `n` keys, up to TILE, from the task's `from`-th on.
+  void attend(size_t from, int n) {
+    const int32_t* key = &keys[from];
     bool masked = n % PANEL != 0;
     for (int t = 0; t < n; ++t) {
       masked |= key[t] < 0 || key[t] > first_row;
@@ -155,7 +168,11 @@ class Worker {
     for (int t = n; t < width; ++t) position[t] = INT_MAX, reach[t] = INT_MAX;
     pack_keys(key, n, width);
     pack_values(key, n, width);
-    for (int64_t row = 0; row < padded; row += ROWS) {
+    // The next tile comes while this one is computed, some keys with every ROWS rows.
+    const size_t share = (TILE * ROWS + padded - 1) / padded;
+    size_t next = from + TILE;
+    for (int64_t row = 0; row < padded; row += ROWS, next += share) {
+      fetch(next, std::min(next + share, from + 2 * TILE));
       const int used = masked ? reached(row, n) : width;
       if (used == 0) continue;
       score(row, round_up(used, PANEL), masked);
@@ -200,7 +217,7 @@ class Worker {
   static Words wide(const float* from) { return load<Words>(from); }
   static Words wide(const uint16_t* from) {
     if (PER == 2) return load<Words>(from);
-    return __builtin_convertvector(load<Halves>(from), Words) << 16;
+    return widened(load<Halves>(from)) << 16;
   }
 
   void pack_values(const int32_t* key, int n, int width) {
@@ -218,8 +235,8 @@ class Worker {
       } else {
         const In* next = t + 1 < n ? v + place(key[t + 1]) * c.v_row : nullptr;
         for (int64_t i = 0; i < whole; i += LANES) {
-          Words x = __builtin_convertvector(load<Halves>(row + i), Words);
-          if (next) x |= __builtin_convertvector(load<Halves>(next + i), Words) << 16;
+          Words x = widened(load<Halves>(row + i));
+          if (next) x |= widened(load<Halves>(next + i)) << 16;
           store(to + i, x);
         }
         for (int64_t i = whole; i < c.v_dim; ++i) {

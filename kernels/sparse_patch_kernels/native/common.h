@@ -70,15 +70,32 @@ inline Floats larger(Floats a, Floats b) {
   return pick(a > b, a, b);
 #endif
 }
-inline float sum(Floats x) {
-  float total = 0;
-  for (int i = 0; i < LANES; ++i) total += x[i];
-  return total;
+// Halves meet until one number is left.
+template <class Meet>
+inline float folded(Floats x, Meet meet) {
+  float half[LANES];
+  store(half, x);
+#pragma GCC unroll 4
+  for (int n = LANES / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) half[i] = meet(half[i], half[i + n]);
+  }
+  return half[0];
 }
+inline float sum(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(bits<__m512>(x));
+#else
+  return folded(x, [](float a, float b) { return a + b; });
+#endif
+}
+// Not a NaN's business: where there is one, any number may come out, or NaN.
 inline float largest(Floats x) {
-  float most = x[0];
-  for (int i = 1; i < LANES; ++i) most = std::max(most, x[i]);
-  return most;
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(bits<__m512>(x));
+#else
+  return folded(x, [](float a, float b) { return a > b ? a : b; });
+#endif
 }
 
 // 2^x for x up to 127, to 8e-8 of itself before rounding; as good as 0 below -126; NaN of NaN. A
@@ -94,6 +111,14 @@ inline Floats exp2(Floats x) {
   p = p * f + 6.931469677e-1f;
   p = p * f + 1.f;
   return bits<Floats>(bits<Ints>(p) + (bits<Ints>(whole) << 23));
+}
+
+inline Words widened(Halves x) {  // in the lower half of each word
+#if defined(__AVX512F__)
+  return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(x)));
+#else
+  return __builtin_convertvector(x, Words);
+#endif
 }
 
 inline float widened(uint16_t x) { return bits<float>(uint32_t{x} << 16); }
@@ -168,14 +193,21 @@ inline void transpose(Words (&x)[LANES]) {
 template <class How>
 inline void multiply(const uint32_t* a, int a_step, const uint32_t* b, int b_step, int steps,
                      Floats (&sums)[ROWS][WIDE]) {
+  // Some compilers keep what a reference names in memory, step by step; these stay in registers.
+  Floats x[ROWS][WIDE];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) x[r][0] = sums[r][0], x[r][1] = sums[r][1];
   for (int s = 0; s < steps; ++s, b += b_step) {
     const Words b0 = load<Words>(b), b1 = load<Words>(b + LANES);
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const uint32_t x = a[r * a_step + s];
-      sums[r][0] = How::mac(sums[r][0], x, b0);
-      sums[r][1] = How::mac(sums[r][1], x, b1);
+      const uint32_t word = a[r * a_step + s];
+      x[r][0] = How::mac(x[r][0], word, b0);
+      x[r][1] = How::mac(x[r][1], word, b1);
     }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) sums[r][0] = x[r][0], sums[r][1] = x[r][1];
 }
 
 template <class T>
