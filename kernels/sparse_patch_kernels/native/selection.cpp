@@ -78,14 +78,6 @@ __attribute__((noinline)) void dots(const typename How::Type* const (&key)[ROWS]
   std::memcpy(x, sums, sizeof x);
 }
 
-inline float top_of(Floats x) {
-#ifdef __AVX512F__
-  return _mm512_reduce_max_ps(bits<__m512>(x));
-#else
-  return largest(x);
-#endif
-}
-
 // A query into a lane of a panel of `width` lanes.
 template <class How>
 inline void pack(const typename How::Type* row, int64_t words, uint32_t* lane, int64_t width) {
@@ -434,7 +426,7 @@ class SearchWorker {
         most = larger(most, top[r]);  // keys of one leaf first lane by lane
         if (r + 1 < n && one[r + 1].whose == one[r].whose) continue;
         float& score = scores.at[one[r].whose];
-        const float x = top_of(most);
+        const float x = largest(most);
         score = x > score || x != x ? x : score;
         most = all(NOTHING);
       }
@@ -507,7 +499,7 @@ class ScanWorker {
       want(path, (middle + path.right) / 2);
     }
     scorer.score_all(wanted, [&](const Wanted* one, int n, const Floats* top) {
-      for (int r = 0; r < n; ++r) *places[one[r].whose] = top_of(top[r]);
+      for (int r = 0; r < n; ++r) *places[one[r].whose] = largest(top[r]);
     });
     for (int64_t i = 0; i < n; ++i) {
       Path& path = paths[i];
