@@ -77,7 +77,7 @@ def methods(_: str) -> str:
 
 def commands(_: str) -> str:
     parts = []
-    for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
+    for name, command in sorted(typer.main.get_command(app).commands.items()):
         parts.append(f"## sparse-patch {name}\n\n{command.help}\n")
         rows = [(_flags(one), _default(one), one.help or "") for one in command.params]
         parts.append(table(("option", "default", "meaning"), rows))
