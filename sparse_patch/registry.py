@@ -89,7 +89,9 @@ def param(
     Args:
         default: its default; None makes the parameter optional (then give `kind`).
         help: one line for `sparse-patch methods`.
-        above, least, upto: bounds `> above`, `>= least`, `<= upto`.
+        above: bound `> above`.
+        least: bound `>= least`.
+        upto: bound `<= upto`.
         choices: the admitted values, instead of bounds.
         kind: int, float, bool, str or tuple; default: the type of `default`. A float field takes
             ints too, text and tuples must not be empty.

@@ -122,9 +122,11 @@ class BlockPlan:
 
         Args:
             mask: bool `[heads, n_q_blocks, n_k_blocks]`; blocks wholly in the future are dropped.
-            block_q, block_k: tokens per query block and key block.
-            q_len, kv_len: lengths in tokens; default: full blocks, as many queries as keys when
-                the two grids allow it. A ragged end is fitted when the plan is run.
+            block_q: tokens per query block.
+            block_k: tokens per key block.
+            q_len: queries; default: full blocks, as many queries as keys when the two grids allow
+                it. A ragged end is fitted when the plan is run.
+            kv_len: keys, as q_len.
 
         Raises:
             ValueError: the mask is not three-dimensional, or its grid does not cover the lengths.

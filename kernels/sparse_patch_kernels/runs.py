@@ -82,7 +82,8 @@ class RunList:
 
         Args:
             mask: bool `[lists, n_q_blocks, n_runs]`.
-            width, pool: see the class.
+            width: see the class.
+            pool: see the class.
         """
         index, count = compact(mask)
         return cls(index.mul_(width), count, width, pool, on_grid=True)

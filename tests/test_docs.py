@@ -1,0 +1,188 @@
+"""The documentation says what is true: examples run, messages exist, every method has a page."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparse_patch
+from sparse_patch import registry
+from tests.zoo import tiny_model
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+HOLE = "…"
+
+# A block, and the comment on the line before it, if there is one.
+BLOCK = re.compile(r"^(?:<!-- (?P<why>.*) -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
+# One or more lines with a message each, and what follows from them.
+ENTRY = re.compile(r"^(`{1,2})(?P<message>[^`].*?)\1\n(?=`|:   )", re.M)
+
+
+def name_of(page):
+    return page.relative_to(DOCS).as_posix()
+
+
+def runnable(page):
+    """The code of a page, in one piece; line numbers are those of the page."""
+    text = page.read_text()
+    lines = [""] * text.count("\n")
+    for block in BLOCK.finditer(text):
+        if block["why"] is not None:
+            assert block["why"].startswith("not run: "), f"{page}: say why in {block['why']!r}"
+            continue
+        first = text.count("\n", 0, block.start("code"))
+        code = block["code"].splitlines()
+        lines[first : first + len(code)] = code
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def methods_as_they_were(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if runnable(p).strip()], ids=name_of)
+@pytest.mark.usefixtures("methods_as_they_were")
+def test_examples_run(page, tmp_path, monkeypatch):
+    """They find `model`, a tiny Llama, and `input_ids` for it."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    input_ids = torch.randint(3, 128, (1, 300), generator=torch.Generator().manual_seed(0))
+    # A module's name: dataclasses look their module up.
+    names = {"__name__": __name__, "model": model, "input_ids": input_ids}
+    with torch.no_grad():
+        exec(compile(runnable(page), str(page), "exec"), names)
+    sparse_patch.unpatch(model)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_python_blocks_compile(page):
+    for block in BLOCK.finditer(page.read_text()):
+        compile(block["code"], str(page), "exec")
+
+
+def test_blocks_are_found():
+    found = [page for page in PAGES if runnable(page).strip()]
+    assert len(found) >= len(sparse_patch.list_methods())
+    assert all("```python" in page.read_text() for page in found)
+    for page in PAGES:
+        text = page.read_text()
+        assert len(BLOCK.findall(text)) == text.count("```python"), page
+
+
+# --- methods -------------------------------------------------------------------------------------
+
+
+def test_every_method_has_a_page_and_every_page_a_method():
+    nav = re.findall(r"- (\w+): methods/(\w+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert all(title == file for title, file in nav)
+    pages = {page.stem for page in (DOCS / "methods").glob("*.md")} - {"index"}
+    ours = {name for name in registry._METHODS if _is_built_in(name)}
+    assert sorted(title for title, _ in nav) == sorted(pages) == sorted(ours)
+
+
+def _is_built_in(name):
+    return registry.method_class(name).__module__.startswith("sparse_patch.methods.")
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "methods").glob("[!i]*.md")), ids=name_of)
+def test_a_method_page_says_what_is_asked_for(page):
+    text = page.read_text()
+    headings = ["What it keeps", "Formula", "Source", "Parameters", "When to use it"]
+    for heading in (*headings, "Known failures and traps"):
+        assert f"\n## {heading}\n" in text, heading
+    assert f"<!-- parameters: {page.stem} -->" in text
+    for arxiv in re.findall(r"arXiv:[\d.]+\d", sparse_patch.describe(page.stem).source):
+        assert arxiv in text, arxiv
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+def messages_in_sources():
+    """Every text in the code, values as holes."""
+    found = set()
+    for folder in ("sparse_patch", "kernels", "eval"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [part.value if isinstance(part, ast.Constant) else HOLE
+                             for part in node.values]  # fmt: skip
+                    found.add("".join(parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.add(node.value)
+    return found
+
+
+def is_quoted_from(quote, message):
+    """Is a quote the beginning of a message, its holes being values and signs between them?"""
+    words = [re.escape(part) for part in quote.split(HOLE)]
+    value = rf"(?:[^\w{HOLE}]*{HOLE})+[^\w{HOLE}]*?"
+    return re.match(value.join(words), message) is not None
+
+
+def test_every_message_in_troubleshooting_is_one_of_ours():
+    quotes = [entry["message"].strip() for entry in ENTRY.finditer(troubleshooting())]
+    assert len(quotes) > 60
+    assert all(len(re.findall(r"\w+", quote)) >= 2 for quote in quotes)
+    sources = messages_in_sources()
+    unknown = [q for q in quotes if not any(is_quoted_from(q, message) for message in sources)]
+    assert unknown == []
+
+
+def test_every_answer_in_troubleshooting_has_a_message():
+    text = troubleshooting()
+    last = [entry for entry in ENTRY.finditer(text) if text.startswith(":   ", entry.end())]
+    assert len(last) == len(re.findall(r"^:   ", text, re.M)) > 0
+
+
+def troubleshooting():
+    return (DOCS / "troubleshooting.md").read_text()
+
+
+def test_a_quote_must_have_the_words_of_a_message():
+    assert is_quoted_from("no … here", "no … here; look elsewhere")
+    assert not is_quoted_from("no … there", "no … here")
+    assert not is_quoted_from("none here", "no … here")
+
+
+# --- the site ------------------------------------------------------------------------------------
+
+LOADED = re.compile(
+    r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//"
+    r"|<link\b(?=[^>]*\brel=[\"']?(?:stylesheet|preload|preconnect|icon))[^>]*\bhref=[\"']?(?:https?:)?//"
+)
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings")),
+    reason='the site needs pip install -e ".[docs]"',
+)
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "eval"))
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(PAGES)
+    for page in pages:
+        text = page.read_text()
+        assert not LOADED.search(text), page
+        assert "<!-- parameters" not in text
+    for name in sparse_patch.list_methods():
+        page = (tmp_path / "site/methods" / f"{name}.html").read_text()
+        for one in sparse_patch.describe(name).parameters:
+            assert f"<code>{one.name}</code>" in page
