@@ -68,6 +68,7 @@ class MInference(Method):
 
     source: ClassVar[str] = "arXiv:2407.02490"
     spans_heads: ClassVar[tuple[str, ...]] = ("patterns", "heads")
+    files: ClassVar[tuple[str, ...]] = ("patterns",)
 
     pattern: str = param(
         "vertical_and_slash", "what a head keeps that no table lists", choices=tuple(_READS)
