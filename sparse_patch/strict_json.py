@@ -19,8 +19,8 @@ def read_json(path: str | Path, *, nan: bool = False) -> Any:
 
     Raises:
         ValueError: longer than MOST_BYTES, not UTF-8, not JSON, nested too deeply for Python, a key
-            twice in one object, or a number that is not finite. Names what, not the file: callers
-            know better what it should have been.
+            twice in one object, half of a surrogate pair, or a number that is not finite. Names
+            what, not the file: callers know better what it should have been.
         OSError: it cannot be read.
     """
     with Path(path).expanduser().open("rb") as file:
@@ -40,9 +40,14 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
     if not nan:
         options |= {"parse_constant": _finite, "parse_float": _finite}
     try:
-        return json.loads(text, **options)
+        found = json.loads(text, **options)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair is no text") from error
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

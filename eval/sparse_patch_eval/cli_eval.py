@@ -9,7 +9,7 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from sparse_patch_eval.console import console, fail, note, user_errors
+from sparse_patch_eval.console import console, fail, note, plain, user_errors, visible
 from sparse_patch_eval.options import literal, parse_lengths
 
 _NEEDS = 'lm-eval is missing: pip install "sparse-patch[eval]"'
@@ -187,7 +187,7 @@ def _show(folders: list[Path], output: Path) -> None:
 
     table = markdown(comparison_table(find_runs(folders)))
     (output / "table.md").write_text(table, encoding="utf-8")
-    console.print(Markdown(table))
+    console.print(Markdown(visible(table)))
     note(f"wrote {output / 'table.md'}; a page: sparse-patch report {output}")
 
 
@@ -216,6 +216,6 @@ def list_tasks() -> None:
     for column in ("task", "from", "lengths", "what it is"):
         table.add_column(column, overflow="fold")
     for row in described():
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     console.print(table)
     console.print("Any other task of lm-eval works by its name.")
