@@ -1,9 +1,9 @@
 """Pages that need nothing else: no network, no folder beside them.
 
-Everything that comes from a run or a prompt goes through jinja2's autoescape, and is seen where it
-would only act (`console.visible`). A
-Content-Security-Policy in the page allows its own style, its own script (by hash), images that are
-in it, and nothing from anywhere, so even text that slipped through could load or run nothing.
+Everything that comes from a run or a prompt goes through jinja2's autoescape; control characters
+are written out (`console.visible`). A Content-Security-Policy in the page allows its own style, its
+own script (by hash), images that are in it, and nothing from anywhere, so even text that slipped
+through could load or run nothing.
 """
 
 from __future__ import annotations
