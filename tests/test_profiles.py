@@ -13,6 +13,7 @@ import sparse_patch
 from sparse_patch import strict_json
 from sparse_patch.mixing import Part, merged
 from sparse_patch.profiles import FORMAT, Auto, Profile, Share, shape_of
+from tests.drawn import ANY
 from tests.zoo import tiny_model
 
 N = 200
@@ -244,15 +245,6 @@ def test_numbers_about_a_run_that_broke_are_null(tmp_path):
     made = {"kl": float("nan"), "all": [float("inf"), 1.0]}
     Profile(LLAMA, {}, made).save(tmp_path / "p.json")
     assert Profile.load(tmp_path / "p.json").made == {"kl": None, "all": [None, 1.0]}
-
-
-ANY = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-    | st.sampled_from([10**400, "hip", "preset", "0"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=4,
-)  # fmt: skip
 
 
 def places(inside, way=()):
