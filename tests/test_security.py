@@ -57,6 +57,13 @@ def faults(text: str) -> list[str]:
             name = name_of(node.func)
             bad += [name] if name in CALLS or name.split(".")[-1] in METHODS else []
             pairs = [(one.arg, one.value) for one in node.keywords]
+            # Not said, Transformers asks on the terminal.
+            said = {one.arg for one in node.keywords} & {"trust_remote_code", None}
+            bad += (
+                [name]
+                if name.startswith("Auto") and name.endswith(".from_pretrained") and not said
+                else []
+            )
         elif isinstance(node, ast.Dict):
             keys = (key.value if isinstance(key, ast.Constant) else None for key in node.keys)
             pairs = list(zip(keys, node.values, strict=True))
@@ -83,6 +90,7 @@ def test_no_file_is_run_or_unpickled_and_no_code_of_a_repository_is_trusted(path
         "import numpy as np\nnp.load('x', allow_pickle=True)",
         "AutoModel.from_pretrained('x', trust_remote_code=True)",
         "options = {'trust_remote_code': user}",
+        "AutoTokenizer.from_pretrained('x')",
         "import yaml\nyaml.load('x')",
         "from yaml import unsafe_load",
         "eval('1')",

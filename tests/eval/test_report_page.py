@@ -100,24 +100,22 @@ class Elements(HTMLParser):
         self.found.append((tag, [k for k, _ in attributes], acting))
 
 
+HOSTILE = [
+    EVIL,
+    "</script><script>alert(1)</script><!--",
+    "--></title></style></svg><svg onload=alert(1)>",
+    "\" onmouseover=alert(1) x='",
+    "{{ 7 * 7 }}{% raw %}",
+    "$\\frac{$",
+    "javascript:alert(1)",
+    "\x00\x1b]0;owned\x07\u202e",
+    "![a](http://x/y.png) | b\n\n# c",
+]
 SVG = {"svg", "g", "path", "use", "defs", "text", "clippath", "rect"}
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        EVIL,
-        "</script><script>alert(1)</script><!--",
-        "--></title></style></svg><svg onload=alert(1)>",
-        "\" onmouseover=alert(1) x='",
-        "{{ 7 * 7 }}{% raw %}",
-        "$\\frac{$",
-        "javascript:alert(1)",
-        "\x00\x1b]0;owned\x07\u202e",
-        "![a](http://x/y.png) | b\n\n# c",
-    ],
-)
+@pytest.mark.parametrize("hostile", HOSTILE)
 def test_whatever_a_run_says_the_page_has_the_elements_of_a_plain_one(tmp_path, hostile):
     for folder, name in (("plain", "word"), ("hostile", hostile)):
         written_by(name)(tmp_path / folder)
@@ -172,11 +170,17 @@ def test_the_page_names_methods_machine_versions_and_the_command(text, compariso
 
 
 def test_the_command_quotes_what_a_shell_would_read(tmp_path):
-    write_run(tmp_path, "pbs:tau=(0.9,0.8)", [sample()], model="a model; rm", chat_template=True)
+    settings = {"model": "a model; rm", "dtype": "f; rm", "device": "$(rm)"}
+    settings |= {"patch": {"min_length; rm": 3, "min_length": 1024}, "chat_template": True}
+    write_run(tmp_path, "pbs:tau=(0.9,0.8)", [sample()], **settings)
     line = command(sections(find_runs([tmp_path]))[0])
     assert "--model 'a model; rm'" in line
+    assert "--dtype 'f; rm'" in line
+    assert "--device '$(rm)'" in line
+    assert "'--min-length; rm' 3" in line
     assert "--method 'pbs:tau=(0.9,0.8)'" in line
-    assert line.endswith("--chat-template \\\n  --min-length 1024")
+    assert "--chat-template" in line
+    assert line.endswith("--min-length 1024")
 
 
 def test_what_ran_exact_or_cannot_be_measured_is_said_at_the_top(text):
