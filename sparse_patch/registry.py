@@ -26,6 +26,8 @@ from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
 ENTRY_POINT_GROUP = "sparse_patch.methods"
+# Numbers reach tensors of int64, which a file's may exceed.
+_MOST = 2**62
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,9 @@ class _Rule:
             return False
         if self.kind in (str, tuple):
             return len(value) > 0
-        try:
-            number = float(value)
-        except OverflowError:  # a whole number of hundreds of digits
+        if abs(value) >= _MOST:
             return False
+        number = float(value)
         return (
             math.isfinite(number)
             and (self.above is None or number > self.above)

@@ -9,3 +9,12 @@ ANY = st.recursive(
     | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=4,
 )  # fmt: skip
+
+
+def places(inside, way=()):
+    """The way to every value of a JSON tree."""
+    yield way
+    if isinstance(inside, list):
+        inside = dict(enumerate(inside))
+    for key, one in inside.items() if isinstance(inside, dict) else ():
+        yield from places(one, (*way, key))

@@ -13,7 +13,7 @@ import sparse_patch
 from sparse_patch import strict_json
 from sparse_patch.mixing import Part, merged
 from sparse_patch.profiles import FORMAT, Auto, Profile, Share, shape_of
-from tests.drawn import ANY
+from tests.drawn import ANY, places
 from tests.zoo import tiny_model
 
 N = 200
@@ -245,15 +245,6 @@ def test_numbers_about_a_run_that_broke_are_null(tmp_path):
     made = {"kl": float("nan"), "all": [float("inf"), 1.0]}
     Profile(LLAMA, {}, made).save(tmp_path / "p.json")
     assert Profile.load(tmp_path / "p.json").made == {"kl": None, "all": [None, 1.0]}
-
-
-def places(inside, way=()):
-    """The way to every value of a JSON tree."""
-    yield way
-    if isinstance(inside, list):
-        inside = dict(enumerate(inside))
-    for key, one in inside.items() if isinstance(inside, dict) else ():
-        yield from places(one, (*way, key))
 
 
 @given(st.data())

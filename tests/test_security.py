@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,12 +59,8 @@ def faults(text: str) -> list[str]:
             bad += [name] if name in CALLS or name.split(".")[-1] in METHODS else []
             pairs = [(one.arg, one.value) for one in node.keywords]
             # Not said, Transformers asks on the terminal.
-            said = {one.arg for one in node.keywords} & {"trust_remote_code", None}
-            bad += (
-                [name]
-                if name.startswith("Auto") and name.endswith(".from_pretrained") and not said
-                else []
-            )
+            silent = not {one.arg for one in node.keywords} & {"trust_remote_code", None}
+            bad += [name] if silent and re.fullmatch(r"Auto\w+\.from_pretrained", name) else []
         elif isinstance(node, ast.Dict):
             keys = (key.value if isinstance(key, ast.Constant) else None for key in node.keys)
             pairs = list(zip(keys, node.values, strict=True))
