@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 from sparse_patch_kernels import BlockPlan, block_sparse_attention
-from sparse_patch_kernels.cpu_native import cache_folder, compiled
+from sparse_patch_kernels.cpu_native import cache_folder, compiled, only_ours, private_folder
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from .strict_json import read_json
 
 # Query rows of a block of the plan that keeps all.
 _BLOCK = 128
@@ -247,8 +249,8 @@ def _rate(call: float, points: Sequence[tuple[float, float, float]]) -> Rate:
 def of_this_machine(dtype: torch.dtype) -> CostModel:
     """The cost model for PyTorch's present number of threads: from the cache, or measured.
 
-    A file that is damaged or about something else is measured anew; a cache folder that cannot be
-    written is no error, but warned of once.
+    A file that is damaged, about something else or another user's is measured anew; a cache folder
+    that cannot be written is no error, but warned of once.
     """
     return _of_this_machine(dtype, torch.get_num_threads())
 
@@ -292,7 +294,9 @@ def _cpu_name() -> str:
 
 def _read(path: Path, about: Mapping[str, Any]) -> CostModel | None:
     try:
-        content = json.loads(path.read_text())
+        if not only_ours(path):
+            return None
+        content = read_json(path)
         if content["machine"] != about:
             return None
         return CostModel.from_dict(content["costs"])
@@ -301,10 +305,11 @@ def _read(path: Path, about: Mapping[str, Any]) -> CostModel | None:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         new = Path(scratch) / path.name
         new.write_text(json.dumps(content, indent=1))
+        new.chmod(0o600)
         new.replace(path)  # all at once: another process may be reading
 
 

@@ -2,7 +2,7 @@
 
 `sparse-patch tune` writes one for a model, from text; `patch(model, profile=...)` loads it. It is
 read as data and checked: names of methods, their parameters, and that it was made for a model of
-this type and shape.
+this type and shape. It stands alone: parameters that name further files are refused.
 
     {"format": "sparse-patch profile 1",
      "model": {"type": "llama", "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64},
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +27,11 @@ from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
 from .mixing import Part, merged
-from .registry import Method, check_sequence, get_method
+from .registry import Method, check_sequence, get_method, method_class
+from .strict_json import read_json
 
 FORMAT = "sparse-patch profile 1"
+_KEYS = ("format", "model", "layers", "made")
 _SHAPE = ("layers", "heads", "kv_heads", "head_dim")
 
 
@@ -85,7 +88,7 @@ class Profile:
                 raise ValueError(f"profile: layer {layer} of {self.model['layers']}")
             if len(set(heads)) < len(heads):
                 raise ValueError(f"profile: layer {layer} gives a head two methods")
-            if not set(heads) <= set(range(self.model["heads"])):
+            if not all(0 <= head < self.model["heads"] for head in heads):
                 raise ValueError(
                     f"profile: layer {layer} names heads {heads}, of {self.model['heads']}"
                 )
@@ -99,7 +102,7 @@ class Profile:
             OSError: it cannot be read.
         """
         try:
-            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+            content = read_json(path)
         except ValueError as error:
             raise ValueError(f"profile {path}: not JSON: {error}") from error
         try:
@@ -116,10 +119,12 @@ class Profile:
         """
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"profile: no {FORMAT!r}; make one with `sparse-patch tune`")
-        layers, model = content.get("layers"), content.get("model")
-        if not isinstance(layers, dict) or not isinstance(model, dict):
-            raise ValueError('profile: "model" and "layers" must be objects')
-        made = content.get("made", {})
+        layers, model, made = content.get("layers"), content.get("model"), content.get("made", {})
+        if not (isinstance(layers, dict) and isinstance(model, dict) and isinstance(made, dict)):
+            raise ValueError('profile: "model", "layers" and "made" must be objects')
+        unknown = [*(set(content) - set(_KEYS)), *(set(model) - {"type", *_SHAPE})]
+        if unknown:
+            raise ValueError(f"profile: does not know {', '.join(map(repr, sorted(unknown)))}")
         return cls(model, {_layer(name): _shares(name, of) for name, of in layers.items()}, made)
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,8 +140,10 @@ class Profile:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write it as JSON; what `made` says of numbers that are not finite is null there."""
+        content = {**self.to_dict(), "made": _finite(self.made)}
+        text = json.dumps(content, indent=1, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """Raise a ValueError unless a model (see `shape_of`) is of this type and shape."""
@@ -167,8 +174,16 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _layer(name: str) -> int:
-    if not name.isdecimal():
+    if not name.isdecimal() or str(int(name)) != name:
         raise ValueError(f"profile: layer {name!r} is no number")
     return int(name)
 
@@ -183,9 +198,25 @@ def _shares(layer: str, content: Any) -> tuple[Share, ...]:
         for name, kind in wants.items():
             if not isinstance(one[name], kind):
                 raise ValueError(f"profile: layer {layer}: {name}={one[name]!r} is of another type")
-        if not all(isinstance(head, int) for head in one["heads"]):
+        if not one["heads"] or not all(type(head) is int for head in one["heads"]):
             raise ValueError(f"profile: layer {layer}: heads={one['heads']} must be numbers")
-    return tuple(Share.of(tuple(one["heads"]), one["method"], one["params"]) for one in content)
+    return tuple(_share(layer, **one) for one in content)
+
+
+def _share(layer: str, heads: list[int], method: str, params: dict[str, Any]) -> Share:
+    files = getattr(method_class(method), "files", ())
+    if named := [name for name in files if params.get(name) is not None]:
+        raise ValueError(
+            f"profile: layer {layer}: {method}: {named[0]}={params[named[0]]!r} is a file; a "
+            "profile names none"
+        )
+    try:
+        return Share.of(tuple(heads), method, params)
+    except ValueError as error:
+        raise ValueError(f"profile: layer {layer}: {error}") from error
+    except (TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        # What a constructor says of a list or an object where it counts on a number.
+        raise ValueError(f"profile: layer {layer}: {method}: {params}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
 ENTRY_POINT_GROUP = "sparse_patch.methods"
+# Numbers reach tensors of int64, which a file's may exceed.
+_MOST = 2**62
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class _Rule:
             return False
         if self.kind in (str, tuple):
             return len(value) > 0
+        if abs(value) >= _MOST:
+            return False
         number = float(value)
         return (
             math.isfinite(number)
@@ -112,11 +116,13 @@ class Method(ABC):
         presets: named sets of parameters, `get_method(name, preset="paper")`.
         spans_heads: parameters that mean something else on a share of a model's heads, such as
             tables by head; those of `param(per_head=True)` are known without.
+        files: parameters that are paths of files to read, which no profile may name.
     """
 
     source: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     spans_heads: ClassVar[tuple[str, ...]] = ()
+    files: ClassVar[tuple[str, ...]] = ()
 
     dense_layers: int = param(0, "first layers that sparse_patch.patch keeps exact", least=0)
 
@@ -265,7 +271,7 @@ def method_class(name: str) -> type:
     raise ValueError(f"unknown method {name!r}{_nearest(name, list_methods())}")
 
 
-def get_method(name: str, *, preset: str | None = None, **params: Any) -> Method:
+def get_method(name: str, /, *, preset: str | None = None, **params: Any) -> Method:
     """Build a method from keyword arguments.
 
     Args:
@@ -284,8 +290,8 @@ def get_method(name: str, *, preset: str | None = None, **params: Any) -> Method
             raise ValueError(f"{name} has no parameter {key!r}{_nearest(key, known)}")
     if preset is not None:
         presets = getattr(cls, "presets", {})
-        if preset not in presets:
-            raise ValueError(f"{name} has no preset {preset!r}{_nearest(preset, presets)}")
+        if not isinstance(preset, str) or preset not in presets:
+            raise ValueError(f"{name} has no preset {preset!r}{_nearest(str(preset), presets)}")
         params = {**presets[preset], **params}
     method: Method = cls(**params)
     return method

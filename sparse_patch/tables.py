@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
+
+from .strict_json import read_json
 
 
 def read_layers(owner: str, path: str) -> list[Any]:
@@ -17,7 +17,7 @@ def read_layers(owner: str, path: str) -> list[Any]:
         ValueError: naming the file, what is wrong with it and what it should be.
     """
     try:
-        layers = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        layers = read_json(path)
     except OSError as error:
         raise ValueError(
             f"{owner}: cannot read {path!r} ({error.strerror}); give the path of a JSON file"

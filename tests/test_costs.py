@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import warnings
 
 import pytest
@@ -166,7 +167,22 @@ def test_other_threads_and_another_kernel_are_another_machine(fresh, monkeypatch
     assert len(measured) == 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "list", "foreign", "negative", "binary"])
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
+def test_a_file_that_others_can_write_is_measured_again(fresh):
+    folder, measured = fresh
+    costs.of_this_machine(torch.float32)
+    (path,) = folder.iterdir()
+    assert (folder.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+    path.chmod(0o666)
+    forget()
+    costs.of_this_machine(torch.float32)
+    assert len(measured) == 2
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "list", "foreign", "negative", "binary", "nan", "deep", "twice"]
+)
 def test_a_damaged_or_foreign_file_is_measured_again(fresh, damage):
     folder, measured = fresh
     costs.of_this_machine(torch.float32)
@@ -183,6 +199,9 @@ def test_a_damaged_or_foreign_file_is_measured_again(fresh, damage):
             "foreign": json.dumps(foreign).encode(),
             "negative": json.dumps(content).encode(),
             "binary": b"\xff\xfe\x00",
+            "nan": whole.replace('"call": ', '"call": NaN, "was": ').encode(),
+            "deep": b"[" * 10**5,
+            "twice": whole.replace('"machine"', '"machine": 1, "machine"').encode(),
         }[damage]
     )
     forget()

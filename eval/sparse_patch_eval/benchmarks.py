@@ -13,6 +13,7 @@ from typing import Any
 
 from sparse_patch_eval.hub import HUB, load_tasks, truncate_middle
 from sparse_patch_eval.hub import check as check_hub
+from sparse_patch_eval.hub_load import without_remote_code
 from sparse_patch_eval.lm_unit import LmUnit, keep_end
 from sparse_patch_eval.tasks import OFFLINE, TASKS_FOLDER
 from sparse_patch_eval.text_unit import TextUnit
@@ -140,13 +141,14 @@ def _others(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
 
 
 def _by_name(name: str, wanted: Wanted) -> dict[str, Any]:
-    try:
-        loaded: dict[str, Any] = _manager(wanted, None, defaults=True).load([name])["tasks"]
-    except KeyError as error:
+    manager = _manager(wanted, None, defaults=True)
+    if name not in manager.all_tasks:  # it would also load a file, and run the code that it names
         raise ValueError(
             f"--tasks: neither we nor lm-eval know {name!r}; `sparse-patch tasks` lists ours, "
             "`lm-eval ls tasks` theirs"
-        ) from error
+        )
+    without_remote_code()
+    loaded: dict[str, Any] = manager.load([name])["tasks"]
     return loaded
 
 

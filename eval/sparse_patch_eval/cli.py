@@ -7,7 +7,7 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich import box
@@ -22,6 +22,7 @@ from sparse_patch_eval.cli_eval import evaluate, list_tasks
 from sparse_patch_eval.cli_inspect import inspect
 from sparse_patch_eval.cli_report import report
 from sparse_patch_eval.cli_tune import tune
+from sparse_patch_eval.console import fail, plain, visible
 from sparse_patch_eval.demo import STEPS_PER_LENGTH, DemoRow, run_length, warm_up
 from sparse_patch_eval.models import load_for_lengths
 from sparse_patch_eval.options import parse_lengths, parse_method
@@ -67,7 +68,7 @@ def methods(
     try:
         found = [sparse_patch.describe(one) for one in name]
     except ValueError as error:
-        _fail(error)
+        fail(error)
     for info in found:
         _show_method(info)
 
@@ -76,9 +77,10 @@ def _list_methods() -> None:
     for one in sparse_patch.list_methods():
         info = sparse_patch.describe(one)
         source = f" ({info.source})" if info.source else ""
-        console.print(f"[bold]{info.name}[/]: {info.summary}{source}", highlight=False)
+        summary = plain(f"{info.summary}{source}")
+        console.print(f"[bold]{info.name}[/]: {summary}", highlight=False)
         defaults = ", ".join(f"{row.name}={row.default!r}" for row in info.parameters)
-        console.print(Padding(defaults, (0, 0, 0, 4)), style="dim", highlight=False)
+        console.print(Padding(plain(defaults), (0, 0, 0, 4)), style="dim", highlight=False)
         if info.presets:
             names = ", ".join(f"preset={name}" for name in info.presets)
             console.print(Padding(names, (0, 0, 0, 4)), highlight=False)
@@ -86,16 +88,16 @@ def _list_methods() -> None:
 
 
 def _show_method(info: sparse_patch.MethodInfo) -> None:
-    title = f"{info.name}: {info.summary}" + (f" ({info.source})" if info.source else "")
+    title = plain(f"{info.name}: {info.summary}" + (f" ({info.source})" if info.source else ""))
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in ("parameter", "default", "may be", "meaning"):
         table.add_column(column, overflow="fold")
     for one in info.parameters:
-        table.add_row(one.name, repr(one.default), one.allowed, one.help)
+        table.add_row(*map(plain, (one.name, repr(one.default), one.allowed, one.help)))
     console.print(table)
     for preset, values in info.presets.items():
         settings = ", ".join(f"{key}={value!r}" for key, value in values.items())
-        console.print(f"preset={preset}: {settings}", highlight=False)
+        console.print(f"preset={preset}: {settings}", highlight=False, markup=False)
 
 
 @app.command()
@@ -140,7 +142,7 @@ def demo(
             models = load_for_lengths(model, wanted, dtype=dtype, device=device)
             first = next(models)
     except (ValueError, OSError, ImportError) as error:
-        _fail(error)
+        fail(error)
     rows = []
     with _progress() as progress:
         task = progress.add_task("warming up", total=1 + STEPS_PER_LENGTH * len(wanted))
@@ -155,11 +157,11 @@ def demo(
                     run_length(lm, tokenizer, chosen, length, text=prose, seed=seed, step=step)
                 )
         except (ValueError, OSError) as error:
-            _fail(error)
+            fail(error)
         progress.update(task, completed=progress.tasks[0].total, description="done")
     console.print(_demo_table(rows, f"{model}, {dtype}, {chosen}"))
     for line in _remarks(rows):
-        console.print(line)
+        console.print(visible(line), markup=False)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         result = {
@@ -171,13 +173,13 @@ def demo(
             "rows": [asdict(row) for row in rows],
         }
         (output / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
-        console.print(f"wrote {output / 'demo.json'}")
+        console.print(f"wrote {output / 'demo.json'}", markup=False)
 
 
 def _demo_table(rows: list[DemoRow], title: str) -> Table:
     # A light box: the eight columns then fit a terminal of 80.
     table = Table(
-        title=title,
+        title=plain(title),
         title_justify="left",
         caption="KL: dense to sparse, nats",
         box=box.SIMPLE_HEAD,
@@ -223,7 +225,7 @@ def _progress() -> Progress:
     # Few refreshes: drawing competes with the prefill for the same cores.
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Elapsed(),
@@ -237,11 +239,6 @@ def _quiet_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def _fail(error: Exception) -> NoReturn:
-    errors.print(f"[bold red]error:[/] {error}", highlight=False)
-    raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":  # accelerate launch -m sparse_patch_eval.cli eval ...

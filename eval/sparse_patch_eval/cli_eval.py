@@ -9,14 +9,18 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from sparse_patch_eval.console import console, fail, note, user_errors
-from sparse_patch_eval.options import literal, parse_lengths
+from sparse_patch_eval.console import console, fail, note, plain, user_errors, visible
+from sparse_patch_eval.options import leaves_folder, literal, parse_lengths, split_method
 
 _NEEDS = 'lm-eval is missing: pip install "sparse-patch[eval]"'
 
 
 def _from_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the options of a YAML file as defaults: what is written as a flag wins."""
+    """Take the options of a YAML file as defaults: what is written as a flag wins.
+
+    Its paths are meant from the current folder, as those of flags are, and stay in it. Neither a
+    path elsewhere nor `trust_remote_code` is taken from a file: only a flag says such things.
+    """
     if path is None:
         return None
     import yaml
@@ -33,8 +37,41 @@ def _from_file(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(
             f"{path}: no such option: {', '.join(unknown)} (there are {', '.join(sorted(known))})"
         )
-    context.default_map = {**(context.default_map or {}), **_as_flags(names)}
+    flags = _as_flags(names)
+    for name, value in flags.items():
+        for one in value if isinstance(value, list) else [value]:
+            _check_from_file(path, name, str(one))
+    context.default_map = {**(context.default_map or {}), **flags}
     return path
+
+
+def _check_from_file(path: Path, option: str, value: str) -> None:
+    """Refuse what only a flag may say."""
+    flag = f"--{option.replace('_', '-')}"
+    key, _, rest = value.partition("=")
+    if option == "model_arg" and key.strip() == "trust_remote_code" and literal(rest) is not False:
+        raise typer.BadParameter(f"{path}: {flag} {value} must be said on the command line")
+    for word in _paths(option, value):
+        if leaves_folder(word):
+            raise typer.BadParameter(
+                f"{path}: {flag}: {word!r} leads out of the current folder; leave it out and say "
+                f"{flag} on the command line"
+            )
+
+
+def _paths(option: str, value: str) -> list[str]:
+    """What may be a path in the value of an option."""
+    if option == "method":
+        try:
+            params = split_method(value)[1]
+        except ValueError:
+            return []  # said again, with the name of the flag, where it is read
+        return [one for one in params.values() if isinstance(one, str)]
+    if option in ("model_arg", "task_arg"):
+        return [value.partition("=")[2]]
+    if option == "tasks":
+        return [one.strip().removeprefix("perplexity_") for one in value.split(",")]
+    return [value] if option in ("output", "model", "data_dir") else []
 
 
 def _as_flags(options: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +140,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="`key=value` for lm-eval's model: device_map=auto, tp_plan=auto, peft=...; may "
-            "repeat."
+            "repeat. trust_remote_code=True runs Python code of the model's repository."
         ),
     ] = None,
     task_arg: Annotated[
@@ -187,7 +224,7 @@ def _show(folders: list[Path], output: Path) -> None:
 
     table = markdown(comparison_table(find_runs(folders)))
     (output / "table.md").write_text(table, encoding="utf-8")
-    console.print(Markdown(table))
+    console.print(Markdown(visible(table)))
     note(f"wrote {output / 'table.md'}; a page: sparse-patch report {output}")
 
 
@@ -216,6 +253,6 @@ def list_tasks() -> None:
     for column in ("task", "from", "lengths", "what it is"):
         table.add_column(column, overflow="fold")
     for row in described():
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     console.print(table)
     console.print("Any other task of lm-eval works by its name.")

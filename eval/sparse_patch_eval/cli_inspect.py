@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparse_patch_eval.console import console, progress, user_errors
+from sparse_patch_eval.console import console, plain, progress, user_errors
 
 if TYPE_CHECKING:  # seconds of import, which `--help` can do without
     from sparse_patch import Inspection
@@ -116,7 +116,7 @@ def _print(found: Inspection) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=found.method, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(title=plain(found.method), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for column in ("layer", "density", "recall", "worst head", "its recall", "output error"):
         table.add_column(column, justify="right")
     table.add_column("exact")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparse_patch_eval.console import console, progress, user_errors
+from sparse_patch_eval.console import console, progress, user_errors, visible
 
 if TYPE_CHECKING:  # seconds of import, which `--help` can do without
     from torch import Tensor
@@ -156,7 +156,7 @@ def tune(
         found.save(output / "profile.json")
         report = _report(target, held, found)
         (output / "tune.md").write_text(report, encoding="utf-8")
-    console.print(report, markup=False)
+    console.print(visible(report), markup=False)
     for name in ("profile.json", "tune.md"):
         print(f"wrote {output / name}")
 

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+# Control characters but line feed and tab; marks of direction, which let a text look like another
+# one; halves of pairs.
+_ACTING = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
 console = Console(width=160)
 _errors = Console(stderr=True)
 
 
 def fail(error: Exception | str) -> NoReturn:
     """End the command with a message and exit code 2."""
-    _errors.print(f"[bold red]error:[/] {error}", highlight=False)
+    _errors.print(Text.assemble(("error:", "bold red"), " ", visible(str(error))), soft_wrap=True)
     raise typer.Exit(2)
 
 
 def note(message: str) -> None:
     """Say something that belongs to no table."""
-    _errors.print(message, highlight=False, markup=False)
+    _errors.print(visible(message), highlight=False, markup=False)
+
+
+def visible(text: str) -> str:
+    """A text whose control characters a terminal shows and does not obey.
+
+    Line feeds and tabs stay. Other control characters, marks of direction and halves of pairs,
+    which cannot be encoded, are written as Python would: `\\x1b`.
+    """
+    return _ACTING.sub(lambda one: one[0].encode("unicode_escape").decode(), text)
+
+
+def plain(text: str) -> str:
+    """Like `visible`, for places where rich reads markup: brackets are brackets."""
+    return escape(visible(text))
 
 
 @contextmanager
@@ -37,5 +59,9 @@ def user_errors() -> Iterator[None]:
 def progress(*, disable: bool = False) -> Progress:
     """A bar with the time gone by and to go; without one where another process shows it."""
     # Few refreshes: drawing competes with the prefill for the same cores.
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", style="progress.description", markup=False),
+        *Progress.get_default_columns()[1:],
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=_errors, refresh_per_second=1, disable=disable)

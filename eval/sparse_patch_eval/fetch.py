@@ -66,7 +66,7 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
     chosen = cache_dir or os.environ.get("SPARSE_PATCH_CACHE") or "~/.cache/sparse-patch"
     folder = Path(chosen).expanduser().resolve()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise FetchError(
             f"the cache folder {folder} cannot be created ({error}): "

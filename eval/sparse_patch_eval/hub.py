@@ -38,7 +38,7 @@ BABILong (arXiv:2406.10149)
 * `babilong` is qa1-qa5, which the paper reports; qa6-qa20 load by name, qa11-qa20 at 0k only.
 RULER as lm-eval has it (arXiv:2404.06654): our own `ruler` tasks need no network, these do
 * 500 samples per length whatever is asked, so loading takes a minute per task and length.
-* Its tokenizer is loaded with `trust_remote_code` (by lm-eval, not by us).
+* Its tokenizer is loaded without a repository's code, which lm-eval would run.
 * Samples come from Python's global random state; `load_tasks` seeds it per task, and restores it.
 """
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparse_patch_eval.hub_tables import (
     QA_HOSTS,
     Benchmark,
 )
+from sparse_patch_eval.models import code_help
 
 _FIXES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "longbench": hub_fixes.longbench,
@@ -85,15 +87,33 @@ def _load_ruler(
             raise FetchError(f"{task} cannot be made ({error}). {needs}") from error
 
 
+def without_remote_code() -> None:
+    """Let lm-eval's task generators load tokenizers without a repository's code.
+
+    They ask for it, whatever the user said (lm-eval 0.4.13).
+    """
+    for name in ("lm_eval.tasks.ruler.common_utils", "lm_eval.tasks.babilong.common_utils"):
+        vars(import_module(name))["AutoTokenizer"] = _PlainTokenizer
+
+
+class _PlainTokenizer:
+    """Stands in for Transformers' AutoTokenizer."""
+
+    @staticmethod
+    def from_pretrained(name: str, **options: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        with code_help(name):
+            return AutoTokenizer.from_pretrained(name, **{**options, "trust_remote_code": False})
+
+
 def _check_vt_tokenizer(name: str) -> None:
     """Refuse a tokenizer with which lm-eval's ruler_vt never returns.
 
     Its worked example must fit into 500 tokens: 931 characters at the least.
     """
-    from transformers import AutoTokenizer
-
     text = "The grass is green. The sky is blue. The sun is yellow. Here we go."
-    tokens = len(AutoTokenizer.from_pretrained(name, trust_remote_code=False)(text)["input_ids"])
+    tokens = len(_PlainTokenizer.from_pretrained(name)(text)["input_ids"])
     if len(text) < 2 * tokens:
         raise ValueError(
             f"ruler_vt does not work with the tokenizer {name}, which needs {tokens} tokens for "
@@ -118,6 +138,8 @@ def _ruler_needs(task: str) -> str:
 def _build(benchmark: Benchmark, task: str, data: dict[str, Any], metadata: dict[str, Any]) -> Any:
     """The lm-eval task of a definition with our fields laid over it."""
     import lm_eval.tasks
+
+    without_remote_code()
     from lm_eval.tasks._yaml_loader import load_yaml  # the one reader that resolves `!function`
 
     folder = Path(lm_eval.tasks.__file__).parent / benchmark.folder

@@ -39,6 +39,7 @@ from sparse_patch_eval.lm_options import (
     source_of,
 )
 from sparse_patch_eval.lm_scoring import Score, Scored, groups_of, score_batch
+from sparse_patch_eval.models import code_help
 from sparse_patch_eval.prefill import machine, prefill
 from sparse_patch_eval.tally import Sums, Tally
 
@@ -106,6 +107,10 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             raise ValueError(f"continuation={continuation!r} must be one of {CONTINUATIONS}")
         if options.get("softmax_dtype") not in (None, "float32", torch.float32):
             raise ValueError("softmax_dtype: likelihoods are always computed in float32; drop it")
+        if not isinstance(options.get("trust_remote_code", False), bool):  # text would be true
+            raise ValueError(
+                f"trust_remote_code={options['trust_remote_code']!r} must be True or False"
+            )
         self.continuation = continuation
         device = choose_device(device)
         if options.get("device_map") is not None:
@@ -113,7 +118,8 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         pretrained, options = source_of(pretrained, device, options)
         split = options.get("tp_plan") is not None or (getattr(pretrained, "tp_size", 0) or 1) > 1
         self._start_processes(device, options.get("batch_size"), one_model=split)
-        super().__init__(pretrained, device=device, **options)
+        with code_help(pretrained):
+            super().__init__(pretrained, device=device, **options)
         self._share_data()
         self.patch: sparse_patch.Patch | None = None
         self._tally: Tally | None = None

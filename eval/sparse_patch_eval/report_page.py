@@ -270,9 +270,11 @@ def command(section: Section) -> str:
         words.append(f"--lengths {','.join(map(str, lengths))}")
     if counts:
         words.append(f"--limit {max(counts.values())}")
-    words += [f"--seed {section.seed}", f"--dtype {section.dtype}", f"--device {section.device}"]
+    words += [f"--seed {section.seed}", f"--dtype {shlex.quote(section.dtype)}"]
+    words += [f"--device {shlex.quote(section.device)}"]
     words += ["--chat-template"] if section.chat_template else []
     patch = next((run.patch for run in runs if run.patch), {})
     for name, value in patch.items():
-        words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
+        flag = shlex.quote(f"--{name.replace('_', '-')}")
+        words.append(f"{flag} {shlex.quote(str(value))}")
     return " \\\n  ".join(words)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_patch_eval.chance import MARGIN
+from sparse_patch_eval.console import visible
 from sparse_patch_eval.report import Comparison
 from sparse_patch_eval.report_scores import Score
 from sparse_patch_eval.report_sections import Section
@@ -51,7 +52,8 @@ def markdown(rows: Sequence[Comparison]) -> str:
     parts = []
     for section in _unique(row.section for row in rows):
         own = [row for row in rows if row.section is section]
-        parts += [f"## {_plain(section.model)} ({section.settings})", *section_notes(section)]
+        heading = f"## {_plain(section.model)} ({_plain(section.settings)})"
+        parts += [heading, *section_notes(section)]
         for benchmark in dict.fromkeys(row.benchmark for row in own):
             table = [row for row in own if row.benchmark == benchmark]
             parts += [f"### {_plain(benchmark)}", "\n".join(_table(table))]
@@ -73,7 +75,10 @@ def _table(rows: list[Comparison]) -> list[str]:
     others = dict.fromkeys(name for row in rows for name in list(row.scores)[1:])
     head = ["task", "length", "method", "n", "primary score", *others]
     head += ["density", "recall", "prefill s", "speed-up", "exact", "remarks"]
-    lines = [_line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 4) + ["---"])]
+    lines = [
+        _line([_plain(name) for name in head]),
+        _line(["---"] * 3 + ["---:"] * (len(head) - 4) + ["---"]),
+    ]
     for row in rows:
         primary = row.primary
         cells = [row.task, number(row.length, ","), row.method, str(row.n)]
@@ -174,7 +179,7 @@ def _setting(
 
 
 def _write(path: Path, names: Sequence[str], lines: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.DictWriter(file, names, lineterminator="\n")
         table.writeheader()
         table.writerows(lines)
@@ -186,7 +191,7 @@ def _line(cells: Iterable[str]) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown and the HTML in it take as it is, on one line."""
-    safe = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    safe = visible(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
     for mark in "\\|`*":
         safe = safe.replace(mark, f"\\{mark}")
     return safe.replace("](", "]\\(")

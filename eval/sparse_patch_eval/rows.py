@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparse_patch.strict_json import parse_json
 from sparse_patch_eval.prefill import machine
 
 Row = dict[str, Any]
@@ -56,20 +57,32 @@ def describe_machines(rows: list[Row]) -> str:
 
 def _end_last_line(path: Path) -> None:
     """A kill may have left half a line: the next one must not be glued to it."""
-    if path.exists() and path.stat().st_size and not path.read_text().endswith("\n"):
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         with path.open("a") as lines:
             lines.write("\n")
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; what a kill left of a line is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for line in lines if (row := _parse(line)) is not None]
+    """The rows of a file, none if there is no file; what a kill left of a line is left out.
+
+    Raises:
+        ValueError: a line that is whole is no row; names the file and the line.
+    """
+    if not path.exists():
+        return []
+    # Not splitlines: a line separator of Unicode inside an answer ends no line of the file.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = (_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1))
+    return [row for row in rows if row is not None]
 
 
-def _parse(line: str) -> Row | None:
+def _parse(line: str, where: str) -> Row | None:
     try:
-        row: Row = json.loads(line)
+        row = parse_json(line, nan=True)
     except json.JSONDecodeError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be a JSON object, not {line[:80]!r}")
     return row

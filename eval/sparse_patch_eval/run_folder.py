@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from sparse_patch import Method
-from sparse_patch_eval.rows import Row, RowFile
+from sparse_patch.strict_json import read_json
+from sparse_patch_eval.rows import Row, RowFile, read_rows
 from sparse_patch_eval.units import Sample, Unit, hash_of, overall_density
 
 FORMAT = 1
 DENSE = "dense"
+_NAMES = ("task", "length", "doc_id", "prompt_hash")
 Key = tuple[str, int | None, int, str]
 
 
@@ -69,14 +71,16 @@ class RunFolder:
         self._file = RowFile(self.path / f"responses.{process}.jsonl", {})
         self.answered: dict[Key, Row] = {}
         for path in sorted(self.path.glob("responses.*.jsonl")):
-            self.take(RowFile(path, {}).rows)
+            rows = RowFile(path, {}).rows
+            _check_rows(path, rows)
+            self.take(rows)
 
     def _check(self) -> None:
         path = self.path / "run.json"
         if not path.exists():
             _write(path, self.config)
             return
-        found = json.loads(path.read_text())
+        found = _object(path)
         different = [
             key
             for key in {*found, *self.config} - {"method"}
@@ -118,12 +122,14 @@ class RunFolder:
 
         Samples and results of other units, from earlier calls, stay.
         """
-        samples = {_place(row): row for row in _lines(self.path / "samples.jsonl")}
+        rows_before = read_rows(self.path / "samples.jsonl")
+        _check_rows(self.path / "samples.jsonl", rows_before)
+        samples = {_place(row): row for row in rows_before}
         better: dict[str, bool] = {}
         official: dict[str, Any] = {}
         results = self.path / "results.json"
         if results.exists():
-            earlier = json.loads(results.read_text())
+            earlier = _object(results, "higher_is_better", "lm_eval")
             better, official = earlier["higher_is_better"], earlier["lm_eval"]
         for unit in units:
             rows = {s.doc_id: row for s in unit.samples() if (row := self.find(unit, s))}
@@ -177,10 +183,31 @@ def _place(row: Row) -> tuple[str, int | None, int]:
     return row["task"], row["length"], row["doc_id"]
 
 
-def _lines(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _check_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Raise a ValueError, naming the file, where a row does not say which sample it is of."""
+    for row in rows:
+        missing = [name for name in _NAMES if name not in row]
+        strange = [name for name in _NAMES if isinstance(row.get(name), list | dict)]
+        if missing or strange:
+            raise ValueError(
+                f"{path}: a row lacks a good {', '.join(missing + strange)}; move the file away to "
+                "do its samples again"
+            )
+
+
+def _object(path: Path, *parts: str) -> dict[str, Any]:
+    """The JSON object of a file, with objects under these names.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        found = read_json(path, nan=True)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(found.get(p), dict) for p in parts):
+        raise ValueError(f"{path} must be a JSON object{''.join(f', with {p}' for p in parts)}")
+    return found
 
 
 def _drop_stale(samples: dict[tuple[str, int | None, int], Row], current: Iterable[Row]) -> None:

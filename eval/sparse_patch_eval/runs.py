@@ -9,10 +9,13 @@ is there but not as it should be is an error that names the file and the line.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sparse_patch.strict_json import parse_json, read_json
 
 FORMAT = 1
 DENSE = "dense"
@@ -33,6 +36,17 @@ _RUN_FIELDS: dict[str, tuple[type, ...]] = {
     "patch": (dict,),
 }
 _NONE = type(None)
+# What numbers may be; scores and recall may be NaN too, where a model or a method broke.
+_RANGES: dict[str, tuple[float, float]] = {
+    "length": (1, math.inf),
+    "tokens": (0, math.inf),
+    "depth": (0, 1),
+    "density": (0, 1 + 1e-6),
+    "recall": (0, 1 + 1e-2),  # sums of rounded masses
+    "prefill_seconds": (0, math.inf),
+    "truncated": (0, math.inf),
+    "sparse_calls": (0, math.inf),
+}
 _SAMPLE_FIELDS: dict[str, tuple[type, ...]] = {
     "benchmark": (str,),
     "task": (str,),
@@ -213,12 +227,15 @@ def _read_samples(path: Path) -> tuple[list[Sample], list[str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = parse_json(line, nan=True)
         except json.JSONDecodeError:
             cut.append(number)  # a kill cuts a line; a run that goes on starts a new one
             continue
-        sample = _sample(entry, f"{path}, line {number}")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        sample = _sample(entry, where)
         doubles += sample.key in by_key
         by_key[sample.key] = sample
     if cut and not by_key:
@@ -237,16 +254,27 @@ def _sample(entry: Any, where: str) -> Sample:
         raise ValueError(f"{where}: must be a JSON object")
     _check(entry, _SAMPLE_FIELDS, where)
     for name, value in entry["scores"].items():
-        if isinstance(value, bool) or not isinstance(value, (*_NUMBER, _NONE)):
+        if isinstance(value, bool) or not isinstance(value, (*_NUMBER, _NONE)) or _is_huge(value):
             raise ValueError(f"{where}: score {name!r} must be a number, not {value!r}")
     for reason, calls in entry["exact"].items():
-        if isinstance(calls, bool) or not isinstance(calls, int):
+        if isinstance(calls, bool) or not isinstance(calls, int) or calls < 0:
             raise ValueError(f"{where}: exact[{reason!r}] must count calls, not {calls!r}")
     if "sparse_calls" in entry:
         _check(entry, {"sparse_calls": (int, _NONE)}, where)
+    for name, (low, high) in _RANGES.items():
+        value = entry.get(name)
+        if value is not None and not (
+            low <= value <= high or (name == "recall" and value != value)
+        ):
+            raise ValueError(f"{where}: {name} must be {low:g} to {high:g}, not {value!r}")
     known = {name: entry[name] for name in _SAMPLE_FIELDS}
     known["scores"] = {n: float(v) for n, v in entry["scores"].items() if v is not None}
     return Sample(**known, sparse_calls=entry.get("sparse_calls"))
+
+
+def _is_huge(value: Any) -> bool:
+    """A whole number that is none of a computer's."""
+    return isinstance(value, int) and abs(value) > 2**63
 
 
 def _check(entry: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]], where: str) -> None:
@@ -257,15 +285,15 @@ def _check(entry: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]], whe
         value = entry[name]
         # bool is an int to Python, not to us.
         wrong = isinstance(value, bool) and bool not in kinds
-        if wrong or not isinstance(value, kinds):
+        if wrong or not isinstance(value, kinds) or _is_huge(value):
             allowed = " or ".join("null" if kind is _NONE else kind.__name__ for kind in kinds)
             raise ValueError(f"{where}: {name} must be {allowed}, not {value!r}")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = read_json(path, nan=True)
+    except ValueError as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must be a JSON object")

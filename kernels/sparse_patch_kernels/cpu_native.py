@@ -166,7 +166,7 @@ def build(name: str = "attention") -> Path:
 
     Raises:
         NoCompiler: no compiler is there, or it fails.
-        OSError: the cache folder cannot be written.
+        OSError: the cache folder cannot be written, or is another user's.
     """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
     if compiler is None:
@@ -174,10 +174,39 @@ def build(name: str = "attention") -> Path:
     command = [*shlex.split(compiler), *_FLAGS]
     source = NATIVE / f"{name}.cpp"
     library = cache_folder() / "kernels" / f"{name}-{_fingerprint(source, command)}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(library.parent)
+    # What others could have written is never loaded, but built anew in its place.
+    if not library.exists() or not only_ours(library):
         _compile(source, command, library)
     return library
+
+
+def only_ours(path: Path) -> bool:
+    """Is a path that exists this user's or root's, and can nobody else write it?
+
+    Windows has no such bits: true there, where the user's folder is private already.
+    """
+    if os.name == "nt":
+        return True
+    about = path.stat()
+    return about.st_uid in (0, os.getuid()) and not about.st_mode & 0o022
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder of the cache, for this user alone.
+
+    Raises:
+        OSError: it cannot be made, or is another user's.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if only_ours(folder):
+        return
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(
+            f"{folder} is another user's, who could put code there; set SPARSE_PATCH_CACHE to a "
+            "folder of your own"
+        )
+    folder.chmod(0o700)
 
 
 def _fingerprint(source: Path, command: Sequence[str]) -> str:
@@ -206,6 +235,7 @@ def _compile(source: Path, command: Sequence[str], library: Path) -> None:
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise NoCompiler(f"{command[0]} does not run: {error}") from error
             if done.returncode == 0:
+                new.chmod(0o700)  # whatever the umask lets others write
                 # All at once: another process may be about to load it.
                 new.replace(library)
                 return

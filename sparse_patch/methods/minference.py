@@ -68,6 +68,7 @@ class MInference(Method):
 
     source: ClassVar[str] = "arXiv:2407.02490"
     spans_heads: ClassVar[tuple[str, ...]] = ("patterns", "heads")
+    files: ClassVar[tuple[str, ...]] = ("patterns",)
 
     pattern: str = param(
         "vertical_and_slash", "what a head keeps that no table lists", choices=tuple(_READS)
@@ -120,7 +121,7 @@ class MInference(Method):
             raise ValueError(f"{where}: must be {shape}, got {str(table)[:80]}")
         heads = []
         for name, row in table.items():
-            head = int(name) if name.isdecimal() else name
+            head = int(name) if name.isdecimal() and len(name) < 10 else name
             heads.append((head, *(row[:3] if isinstance(row, list) and len(row) <= 4 else [row])))
         return _checked(where, heads)
 
@@ -200,7 +201,7 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, (list, tuple)) or len(entry) != 4:
         return False
     head, kind, size1, size2 = entry
-    whole = all(type(number) is int and number >= 0 for number in (head, size1, size2))
+    whole = all(type(number) is int and 0 <= number < 2**62 for number in (head, size1, size2))
     known = isinstance(kind, str) and kind in _READS
     return whole and known and {"block_sparse": size1, "stream_llm": size2}.get(kind) != 0
 

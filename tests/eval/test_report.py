@@ -5,16 +5,20 @@ import json
 from math import exp
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scipy.stats import binom
 from sparse_patch_eval.chance import above_chance, chance
 from sparse_patch_eval.cli import app
 from sparse_patch_eval.report import comparison_table, speed_ups
 from sparse_patch_eval.report_sections import sections
 from sparse_patch_eval.report_text import markdown, write_samples, write_summary
+from sparse_patch_eval.rows import read_rows
 from sparse_patch_eval.runs import find_runs
 from sparse_patch_eval.stats import bootstrap, bootstrap_groups
 from typer.testing import CliRunner
 
+from tests.drawn import ANY
 from tests.eval.run_builder import MACHINE, sample, write_comparison, write_run
 
 
@@ -74,12 +78,82 @@ def test_a_run_json_that_is_no_json_is_named(tmp_path):
         ({"exact": {"short": "many"}}, r"line 2: exact\['short'\] must count calls"),
         ({"tokens": None}, "line 2: tokens must be int, not None"),
         ({"sparse_calls": "x"}, "line 2: sparse_calls must be int or null"),
+        ({"sparse_calls": -1}, "line 2: sparse_calls must be 0 to inf"),
+        ({"tokens": -1}, "line 2: tokens must be 0 to inf"),
+        ({"tokens": 10**400}, "line 2: tokens must be int"),
+        ({"length": 0}, "line 2: length must be 1 to inf"),
+        ({"depth": 2.0}, "line 2: depth must be 0 to 1"),
+        ({"density": -0.1}, "line 2: density must be 0 to 1"),
+        ({"density": float("nan")}, "line 2: density must be 0 to 1"),
+        ({"recall": float("inf")}, r"line 2: recall must be 0 to 1\.01"),
+        ({"prefill_seconds": -1.0}, "line 2: prefill_seconds must be 0 to inf"),
+        ({"prefill_seconds": float("nan")}, "line 2: prefill_seconds must be 0 to inf"),
+        ({"scores": {"rank": 10**400}}, "line 2: score 'rank' must be a number"),
+        ({"exact": {"short": -1}}, r"line 2: exact\['short'\] must count calls"),
+        ({"answer": "\ud800"}, "line 2: half of a surrogate pair"),
     ],
 )
 def test_a_sample_that_is_wrong_is_named_with_its_line(tmp_path, fields, message):
     write_run(tmp_path, samples=[sample(0), sample(1, **fields)])
     with pytest.raises(ValueError, match=message):
         find_runs([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 10**5, "nested too deeply"),
+        ("1" * 5000, "Exceeds the limit"),
+        ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        ("[1]", "must be a JSON object"),
+    ],
+)
+def test_a_line_that_is_no_sample_is_named(tmp_path, line, message):
+    lines = write_run(tmp_path, samples=[sample(0)]) / "samples.jsonl"
+    lines.write_text(lines.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=rf"samples\.jsonl, line 2: {message}"):
+        find_runs([tmp_path])
+    with pytest.raises(ValueError, match=rf"samples\.jsonl, line 2: {message}"):
+        read_rows(lines)
+
+
+@pytest.mark.parametrize("name", ["run.json", "results.json"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "is not JSON"), ("[" * 10**5, "nested too deeply"), ('{"a": 1, "a": 1}', "twice")],
+)
+def test_a_file_of_a_run_that_is_no_plain_json_is_named(tmp_path, name, text, message):
+    (write_run(tmp_path, samples=[sample()]) / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+        find_runs([tmp_path])
+
+
+CUT = st.tuples(st.integers(0, 400), st.integers(0, 3))
+
+
+@given(st.data())
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_changed_sample_is_read_left_out_or_refused_by_name(tmp_path, data):
+    """Whatever a line is, the sample before it comes out as it is."""
+    found = sample(1, depth=0.5, recall=0.9, sparse_calls=3, exact={"short": 2})
+    if data.draw(st.booleans()):
+        found[data.draw(st.sampled_from(sorted(found)))] = data.draw(ANY)
+        text = json.dumps(found)
+    else:
+        text, at = json.dumps(found), data.draw(st.integers(0, 400))
+        text = (
+            text[:at] + data.draw(st.text(max_size=2)) + text[at + data.draw(st.integers(0, 3)) :]
+        )
+    lines = write_run(tmp_path, samples=[sample(0)]) / "samples.jsonl"
+    lines.write_text(lines.read_text() + text + "\n", encoding="utf-8", errors="replace")
+    try:
+        (run,) = find_runs([tmp_path])
+    except ValueError as error:
+        assert str(lines) in str(error)  # noqa: PT017 - most drawn files raise, some load
+        return
+    assert run.samples[0].doc_id == 0
+    assert len(run.samples) + len(run.notes) >= 2
+    markdown(comparison_table([run]))
 
 
 def test_a_sample_that_lacks_a_field_is_named(tmp_path):

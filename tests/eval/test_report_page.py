@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
@@ -16,9 +17,10 @@ from sparse_patch_eval.report_heatmaps import depth_name, grid
 from sparse_patch_eval.report_page import command, page
 from sparse_patch_eval.report_plots import shorten
 from sparse_patch_eval.report_sections import sections
+from sparse_patch_eval.report_text import markdown
 from sparse_patch_eval.runs import find_runs
 
-from tests.eval.run_builder import sample, write_comparison, write_run
+from tests.eval.run_builder import MACHINE, sample, write_comparison, write_run
 
 EVIL = "</pre><script>document.title='owned'</script><img src=x onerror=alert(1)>&\"'"
 CHROMIUM = next(
@@ -69,6 +71,72 @@ def test_text_from_runs_is_shown_not_run(tmp_path):
         ElementTree.fromstring(svg.replace("<svg", '<svg xmlns:xlink="x"', 1))
 
 
+def written_by(name):
+    """Two runs, `name` in every text that a run has."""
+    right = sample(
+        task=name, benchmark=name, prompt_hash=name, doc_id=name, target=name, answer="right",
+        scores={name: 1.0, f"{name}2": 0.5}, exact={name: 3}, density=None,
+        machine={**MACHINE, "device": name, "git": name},
+    )  # fmt: skip
+    about = {"model": name, "dtype": name, "device": name, "params": {name: name}}
+    directions = {name: True, f"{name}2": True}
+    more = {"patch": {name: name}, "directions": directions, **about}
+    return lambda root: (
+        write_run(root / "dense", samples=[right], **more),
+        write_run(root / "other", name, [{**right, "answer": name}], **more),
+    )
+
+
+class Elements(HTMLParser):
+    """Names of elements, with the names of their attributes and what of these can act."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        acting = [(k, v) for k, v in attributes if k in ("src", "href", "id", "style")]
+        self.found.append((tag, [k for k, _ in attributes], acting))
+
+
+HOSTILE = [
+    EVIL,
+    "</script><script>alert(1)</script><!--",
+    "--></title></style></svg><svg onload=alert(1)>",
+    "\" onmouseover=alert(1) x='",
+    "{{ 7 * 7 }}{% raw %}",
+    "$\\frac{$",
+    "javascript:alert(1)",
+    "\x00\x1b]0;owned\x07\u202e",
+    "![a](http://x/y.png) | b\n\n# c",
+]
+SVG = {"svg", "g", "path", "use", "defs", "text", "clippath", "rect"}
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_whatever_a_run_says_the_page_has_the_elements_of_a_plain_one(tmp_path, hostile):
+    for folder, name in (("plain", "word"), ("hostile", hostile)):
+        written_by(name)(tmp_path / folder)
+    plain, got = page_of(tmp_path / "plain"), page_of(tmp_path / "hostile")
+    there, usual = ([x for x in Elements(p).found if x[0] not in SVG] for p in (got, plain))
+    assert there == usual
+    there, usual = (
+        {name for tag, names, _ in Elements(p).found if tag in SVG for name in names}
+        for p in (got, plain)
+    )
+    assert there == usual
+    table = markdown(comparison_table(find_runs([tmp_path / "hostile"])))
+    usual = markdown(comparison_table(find_runs([tmp_path / "plain"])))
+    assert len(table.split("\n")) == len(usual.split("\n"))
+    assert not re.search(r"<[a-z!/]|(?<!\\)\]\((?!\\)|[\x00-\x09\x0b-\x1f]", table)
+    rows = re.findall(r"(?m)^\|.*\|$", re.sub(r"\\.", "", table))
+    assert {row.count("|") for row in rows} == {
+        row.count("|") for row in re.findall(r"(?m)^\|.*\|$", usual)
+    }
+
+
 def test_the_page_loads_nothing_and_allows_only_its_own_script(text):
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
@@ -102,11 +170,17 @@ def test_the_page_names_methods_machine_versions_and_the_command(text, compariso
 
 
 def test_the_command_quotes_what_a_shell_would_read(tmp_path):
-    write_run(tmp_path, "pbs:tau=(0.9,0.8)", [sample()], model="a model; rm", chat_template=True)
+    settings = {"model": "a model; rm", "dtype": "f; rm", "device": "$(rm)"}
+    settings |= {"patch": {"min_length; rm": 3, "min_length": 1024}, "chat_template": True}
+    write_run(tmp_path, "pbs:tau=(0.9,0.8)", [sample()], **settings)
     line = command(sections(find_runs([tmp_path]))[0])
     assert "--model 'a model; rm'" in line
+    assert "--dtype 'f; rm'" in line
+    assert "--device '$(rm)'" in line
+    assert "'--min-length; rm' 3" in line
     assert "--method 'pbs:tau=(0.9,0.8)'" in line
-    assert line.endswith("--chat-template \\\n  --min-length 1024")
+    assert "--chat-template" in line
+    assert line.endswith("--min-length 1024")
 
 
 def test_what_ran_exact_or_cannot_be_measured_is_said_at_the_top(text):

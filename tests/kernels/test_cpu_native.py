@@ -109,6 +109,67 @@ def test_processes_may_compile_at_the_same_time(fresh):
     assert len(list(fresh.iterdir())) == 1
 
 
+def is_root():
+    return os.getuid() == 0
+
+
+def give_away(path, monkeypatch):
+    """Make a path another user's: for real, or by being another user."""
+    if is_root():
+        os.chown(path, 12345, 12345)
+    else:
+        own = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: own + 1)
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
+def test_the_cache_is_private_whatever_the_umask(fresh):
+    before = os.umask(0)
+    try:
+        library = cpu_native.build()
+    finally:
+        os.umask(before)
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+    assert library.stat().st_mode & 0o777 == 0o700
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, mode):
+    library = cpu_native.build()
+    library.write_bytes(b"planted")
+    library.chmod(mode)
+    fresh.chmod(0o777)
+    assert attend() is not None
+    assert library.read_bytes()[:7] != b"planted"
+    assert library.stat().st_mode & 0o777 == 0o700
+    assert fresh.stat().st_mode & 0o777 == 0o700
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name == "nt" or not is_root(), reason="only root can give a file away")
+def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh):
+    library = cpu_native.build()
+    library.write_bytes(b"planted")
+    os.chown(library, 12345, 12345)
+    assert attend() is not None
+    assert library.read_bytes()[:7] != b"planted"
+    assert library.stat().st_uid == 0
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
+def test_a_cache_folder_of_another_user_is_not_used(fresh, monkeypatch):
+    cpu_native.build()
+    give_away(fresh, monkeypatch)
+    with pytest.raises(PermissionError, match=r"kernels is another user's.*SPARSE_PATCH_CACHE"):
+        cpu_native.build()
+    with pytest.warns(UserWarning, match="another user's"):
+        assert attend() is None
+
+
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [("no-such-compiler", "does not run"), ("false", "fails"), (None, "no c\\+\\+, g\\+\\+")],

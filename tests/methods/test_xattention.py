@@ -286,7 +286,7 @@ def test_a_table_too_short_for_the_model_is_an_error_at_patch_time(table):
         ([[1.5]], r"layer 0: \[1.5\]"),
         ([[True]], "layer 0"),
         (["0.5"], "layer 0"),
-        ("[[NaN]]", "layer 0"),
+        ("[[NaN]]", "NaN is not a finite number"),
     ],
 )
 def test_a_bad_table_is_named(table, content, message):
