@@ -59,7 +59,8 @@ def openvino(options: argparse.Namespace, mode: str) -> tuple[Engine, str]:
 
 
 def llama_cpp(options: argparse.Namespace) -> tuple[Engine, str]:
-    """llama.cpp's server, in this process. It keeps its own precision, whatever --dtype says."""
+    """llama.cpp's server, in this process. It keeps its own precision, whatever --dtype says. Of a
+    prompt that fills the model's context it gets all but the first token."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -74,9 +75,19 @@ def llama_cpp(options: argparse.Namespace) -> tuple[Engine, str]:
     params.cpuparams_batch.n_threads = options.threads
     server = xllamacpp.Server(params)
 
-    def prefill(ids: list[int]) -> str:
+    def ask(ids: list[int]) -> dict[str, Any]:
         wish = {"prompt": ids, "max_tokens": 1, "temperature": 0, "cache_prompt": False}
         answer: dict[str, Any] = server.handle_completions(wish)
+        return answer
+
+    def prefill(ids: list[int]) -> str:
+        answer = ask(ids)
+        error = answer.get("error", {})
+        if error and error.get("n_ctx") == len(ids):  # the answer has to fit the context, too
+            answer = ask(ids[1:])
+            error = answer.get("error", {})
+        if error:
+            raise RuntimeError(f"llama.cpp: {error}")
         return str(answer["choices"][0]["text"])
 
     return prefill, version("xllamacpp")

@@ -213,10 +213,14 @@ def test_bench_measures_in_rounds_and_goes_on_where_it_stopped(folder, bench, mo
         "dtype": "float32",
         "device": "cpu",
         "seed": 0,
+        "recall": 64,
     }
     bench.main(**options)
     rows = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 2 * 3
+    seen = [(r["method"], r["length"]) for r in rows if r.get("recall") is not None]
+    assert sorted(seen) == [(m, n) for m in sorted(options["method"]) for n in (1100, 1200)]
+    assert all(0 < r["recall"] < 1 for r in rows if "recall" in r)
     assert [r["method"] for r in rows[:3]] != [r["method"] for r in rows[3:6]]  # order rotates
     assert {row["machine"]["torch"] for row in rows} == {torch.__version__}
     assert all(row["density"] is None for row in rows if row["method"] == bench.DENSE)
@@ -246,6 +250,10 @@ class Server:
     def handle_completions(self, wish):
         if len(wish["prompt"]) == 1200:
             raise SystemExit("out of slots")
+        if len(wish["prompt"]) == 1150:
+            return {"error": {"n_ctx": 1150, "message": "exceeds the context"}}
+        if len(wish["prompt"]) == 1160:
+            return {"error": {"n_ctx": 500, "message": "exceeds the context"}}
         return {"choices": [{"text": str(len(wish["prompt"]))}]}
 """
 
@@ -277,11 +285,19 @@ def test_bench_times_other_engines_on_the_same_prompts(folder, bench, engine, ca
     assert other["seconds"] > 0
     dense = next(row for row in rows if row["method"] == bench.DENSE)
     assert dense["peak"] is None or dense["peak"] > 2**20
-    assert "| 1,100 | llama.cpp |" in (tmp_path / "out/table.md").read_text()
-    with pytest.raises(typer.Exit):
-        bench.main(**options, lengths="1200")
+    bench.main(**options, lengths="1100,1200", peer_longest="1100")
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| 1,100 | llama.cpp |" in table
+    assert "| 1,200 | a_shape" in table
+    assert "| 1,200 | llama.cpp |" not in table
+    bench.main(**options, lengths="1150")  # fills the context: the first token is left out
+    assert '"token": "1149"' in (tmp_path / "out/runs.jsonl").read_text()
+    for length in ("1160", "1200"):
+        with pytest.raises(typer.Exit):
+            bench.main(**options, lengths=length)
     said = " ".join(capsys.readouterr().err.split())
     assert "--peer llama.cpp ended by itself" in said
+    assert "exceeds the context" in said
     assert "out of slots" in said
 
 
@@ -313,3 +329,30 @@ def test_bench_ratios_are_paired_by_round(bench):
     assert (dense.speed_up, dense.seconds) == (1.0, 4.0)
     assert (cell.speed_up, cell.low, cell.high) == (2.0, 1.0, 4.0)
     assert (cell.density, cell.exact) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "seconds", "recall", "missed"),
+    [
+        (2048, "float32", 9.7, None, ""),
+        (2048, "float32", 10.4, None, "0.97x"),
+        (8192, "bfloat16", 5.0, 0.95, ""),
+        (8192, "bfloat16", 5.1, 0.95, "2x"),
+        (8192, "bfloat16", 5.1, 0.94, ""),  # the target is for those that keep enough
+        (8192, "bfloat16", 6.0, None, "best peer"),
+        (8192, "float32", 8.0, 0.96, "1.5x, best peer"),
+        (16384, "bfloat16", 3.0, None, "3.5x"),
+        (16384, "float32", 9.0, None, ""),
+    ],
+)
+def test_bench_says_which_targets_a_method_misses(bench, tokens, dtype, seconds, recall, missed):
+    def row(method, seconds, **more):
+        return {"length": tokens, "seed": 0, "method": method, "seconds": seconds,
+                "density": None, "calls": None, **more}  # fmt: skip
+
+    peers = ["openvino", "llama.cpp"]
+    rows = [row(bench.DENSE, 10.0), row("m", seconds, recall=recall)]
+    rows += [row(name, t) for name, t in zip(peers, (6.0, 7.0), strict=True)]
+    cells = bench._cells(rows, tokens, ["m", *peers])
+    found = {cell.method: bench.misses(cell, cells, dtype) for cell in cells}
+    assert found == {bench.DENSE: "", "m": missed, **dict.fromkeys(peers, "")}
