@@ -175,8 +175,9 @@ def source_of(
     Raises:
         ValueError: an option that a .gguf file does not go with.
     """
-    if pretrained == "smollm2":
-        return str(models.smollm2()), options
+    alias = models.packaged(pretrained) if isinstance(pretrained, str) else None
+    if alias is not None:
+        return str(alias), options
     if not isinstance(pretrained, str) or not pretrained.lower().endswith(".gguf"):
         return pretrained, options
     if refused := [name for name in _LOADING if options.get(name)]:
