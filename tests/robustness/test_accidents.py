@@ -69,7 +69,7 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_accident_comes_through_and_leaves_nothing(smollm2, monkeypatch, stage, error):
     owner, name = STAGES[stage]
-    ids = smollm2.ids(300)
+    ids = smollm2.ids(200)
     with smollm2.patch("flexprefill", layers=[0, 2]) as handle:
         want = states(smollm2.model, ids)
         counted = handle.report()
@@ -121,14 +121,13 @@ def test_an_accident_ends_the_patch_of_a_with_block(smollm2, monkeypatch):
 
     with pytest.raises(torch.OutOfMemoryError):
         run()
-    assert torch.equal(states(smollm2.model, smollm2.ids(600)), smollm2.reference)
+    assert smollm2.is_as_loaded(smollm2.model)
 
 
-@pytest.mark.parametrize("first", ["flexprefill", "hip"])
-def test_threads_that_patch_two_models_do_not_meet(smollm2, first):
-    methods = [first, "strided"]
+def test_threads_that_patch_two_models_do_not_meet(smollm2):
+    methods = ["flexprefill", "hip"]
     models = [part_of(smollm2, 2) for _ in methods]
-    ids = [smollm2.ids(300, start) for start in (0, 200)]
+    ids = [smollm2.ids(250, start) for start in (0, 200)]
     plain = [states(model, text) for model, text in zip(models, ids, strict=True)]
 
     def answer(i):

@@ -9,8 +9,8 @@ import copy
 
 import pytest
 import torch
-from sparse_patch_eval.fetch import package_file
-from sparse_patch_eval.models import SMOLLM2_GGUF
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import sparse_patch
@@ -61,13 +61,13 @@ def test_a_batch_of_mixed_lengths_is_that_of_the_model(real):
 
 def test_a_padded_row_equals_its_single_run(smollm2, method):
     """In float64: in float32 a batch rounds otherwise, and a close choice may go either way."""
-    wide = copy.deepcopy(part_of(smollm2, 4)).double()  # which shares nothing any more
+    wide = copy.deepcopy(part_of(smollm2, 2)).double()  # which shares nothing any more
     rows = rows_of(smollm2)
     ids, extra = left_padded(rows)
     with sparse_patch.patch(wide, method, min_length=0, dense_layers=0, **SPARSE[method]) as handle:
         batch = states(wide, ids, **extra)
         assert 0 < handle.report().density < 1
-        assert handle.report().sparse_calls >= 2 * 4
+        assert handle.report().sparse_calls >= 2 * 2
         for row, tokens in enumerate(rows):
             assert_near(batch[row, -len(tokens) :], states(wide, tokens[None])[0], 1e-9)
 
@@ -89,6 +89,7 @@ def test_chunked_prefill_is_that_of_the_model(real):
     assert handle.report().sparse_calls >= 3 * real.full_layers
 
 
+@pytest.mark.parametrize("method", ["flexprefill", "hip"])
 def test_chunked_prefill_chooses_in_every_chunk(real, method):
     """A chunk chooses by its own queries among all keys so far: the first as if it were alone, and
     every other as any prefill that goes on from the same cache."""
@@ -109,9 +110,9 @@ def chat(real, turns=5):
     cache, said = DynamicCache(config=real.model.config), real.ids(0)
     answers = []
     for turn in range(turns):
-        said = torch.cat([said, real.ids(150, 150 * turn)], 1)
-        said = real.model.generate(said, past_key_values=cache, **GREEDY)
-        answers.append(said[:, -GREEDY["max_new_tokens"] :])
+        said = torch.cat([said, real.ids(100, 100 * turn)], 1)
+        said = real.model.generate(said, past_key_values=cache, do_sample=False, max_new_tokens=4)
+        answers.append(said[:, -4:])
     return torch.cat(answers, 1)
 
 
@@ -122,32 +123,34 @@ def test_a_chat_of_five_turns_is_that_of_the_model(whole_smollm2):
     assert handle.report().sparse_calls == 5 * 30
 
 
-@pytest.mark.parametrize("method", ["flexprefill", "hip"])
-def test_a_chat_of_five_turns_runs_sparse(real, method):
-    with real.patch(method) as handle:
+def test_a_chat_of_five_turns_runs_sparse(real):
+    with real.patch("hip") as handle:
         first = chat(real)
         report = handle.report()
         assert torch.equal(chat(real), first)  # nothing of the first chat is left
     assert report.sparse_calls >= 5 * real.full_layers
     assert report.density < 1
-    assert sum(layer.decode_calls for layer in report.layers) > 0 or method != "hip"
+    assert report.decode_calls > 0
+
+
+BEAMS = {"do_sample": False, "max_new_tokens": 6, "num_beams": 2}
 
 
 def test_beams_are_those_of_the_model(real):
-    options = {**GREEDY, "num_beams": 3}
-    want = real.model.generate(real.ids(600), **options)
+    want = real.model.generate(real.ids(520), **BEAMS)
     with real.patch("dense") as handle:
-        assert torch.equal(real.model.generate(real.ids(600), **options), want)
+        assert torch.equal(real.model.generate(real.ids(520), **BEAMS), want)
     assert handle.report().sparse_calls >= real.full_layers
 
 
-def test_beams_run_sparse(real, method):
+@pytest.mark.parametrize("method", ["flexprefill", "hip"])
+def test_beams_run_sparse(smollm2, method):
     """Beams change places between steps, and with them what a decode step remembers."""
-    options = {**GREEDY, "num_beams": 3}
-    with real.patch(method) as handle:
-        first = real.model.generate(real.ids(600), **options)
-        assert torch.equal(real.model.generate(real.ids(600), **options), first)
-    assert handle.report().sparse_calls >= 2 * real.full_layers
+    with smollm2.patch(method) as handle:
+        first = smollm2.model.generate(smollm2.ids(520), **BEAMS)
+        assert torch.equal(smollm2.model.generate(smollm2.ids(520), **BEAMS), first)
+    assert handle.report().sparse_calls >= 2 * smollm2.full_layers
+    assert handle.report().decode_calls > 0 or method != "hip"
 
 
 def test_a_static_cache_is_exact(real):
@@ -180,11 +183,11 @@ def test_speculative_decoding_says_what_plain_decoding_says(smollm2, assistant):
 # --- weights -------------------------------------------------------------------------------------
 
 
-def both_ways(model, ids):
+def both_ways(model, ids, tolerance=1e-4):
     """A model of other weights: `dense` is itself, another method runs sparse, undo is exact."""
     want = states(model, ids)
     with sparse_patch.patch(model, "dense", block_size=32, min_length=0) as handle:
-        assert_near(states(model, ids), want, 1e-4)
+        assert_near(states(model, ids), want, tolerance)
     assert handle.report().sparse_calls == len(model.model.layers)
     with sparse_patch.patch(model, "flexprefill", min_length=0, **SPARSE["flexprefill"]) as handle:
         assert bool(torch.isfinite(states(model, ids)).all())
@@ -194,20 +197,20 @@ def both_ways(model, ids):
 
 
 def test_packed_gguf_weights(smollm2):
-    import transformers
-
-    if not hasattr(transformers, "GgufConfig"):
-        pytest.skip("this Transformers always unpacks GGUF")
-    with package_file(SMOLLM2_GGUF) as gguf:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=transformers.GgufConfig(dequantize=False),
-        )
-    packed = {type(module).__name__ for module in model.modules()}
-    assert any("Gguf" in name for name in packed), packed
-    del model.model.layers[4:]
-    both_ways(model.eval(), smollm2.ids(400))
+    """As `GgufConfig(dequantize=False)` leaves them; of a file Transformers 5.23 does so for
+    Qwen3.5 and LFM2 only, and unpacks all others, so the layers are packed here."""
+    layers = pytest.importorskip("transformers.integrations.gguf.utils")
+    kind = GGMLQuantizationType.Q8_0
+    model = part_of(smollm2, 3)
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    packed = layers.GgufLinear(linear.in_features, linear.out_features, kind)
+                    blocks = quantize(linear.weight.detach().numpy(), kind)
+                    packed.weight.data = torch.from_numpy(blocks)
+                    setattr(parent, name, packed)
+    both_ways(model, smollm2.ids(300))  # decode steps need a kernel from the hub
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -222,12 +225,14 @@ def test_bitsandbytes_weights(smollm2, bits):
         folder_of("smollm2"), quantization_config=config, device_map="cpu", num_hidden_layers=3
     )
     assert f"Linear{bits}bit" in type(model.model.layers[0].self_attn.q_proj).__name__
-    both_ways(model.eval(), smollm2.ids(400))
+    # On a CPU the products of 4 bits round to bfloat16.
+    both_ways(model.eval(), smollm2.ids(400), 1e-2 if bits == 4 else 1e-4)
 
 
 # --- compiling, training, copies -----------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what the compiler itself uses
 def test_a_compiled_model_runs_sparse(smollm2):
     model = part_of(smollm2, 2)
     ids = smollm2.ids(400)
@@ -243,12 +248,12 @@ def test_a_compiled_model_runs_sparse(smollm2):
 
 
 def test_training_with_gradient_checkpointing_is_that_of_the_model(real):
-    model = part_of(real, 3 if real.name == "smollm2" else 6)
+    model = part_of(real, 2 if real.name == "smollm2" else 6)
     model.get_input_embeddings().weight.requires_grad_(False)  # shared, and large
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     model.train()
-    ids = real.ids(600)
+    ids = real.ids(300)
 
     def gradients():
         model.zero_grad()
@@ -273,15 +278,15 @@ def test_a_saved_model_is_the_plain_one(real, tmp_path):
         real.model.save_pretrained(tmp_path)
     assert "sparse_patch" not in (tmp_path / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(states(again, real.ids(600)), real.reference)
+    assert real.is_as_loaded(again)
 
 
-def test_a_deepcopy_is_patched_and_counts_for_itself(real, method):
-    with real.patch(method) as handle:
+def test_a_deepcopy_is_patched_and_counts_for_itself(real):
+    with real.patch("hip") as handle:
         want = states(real.model, real.ids(600))
         clone = copy.deepcopy(real.model)
         assert torch.equal(states(clone, real.ids(600)), want)
         assert sparse_patch.report(clone).sparse_calls == 2 * handle.report().sparse_calls > 0
         sparse_patch.unpatch(clone)
-        assert torch.equal(states(clone, real.ids(600)), real.reference)
+        assert real.is_as_loaded(clone)
         assert torch.equal(states(real.model, real.ids(600)), want)
