@@ -60,6 +60,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call, state: LayerState | None
 ) -> Tensor:
     _check_mask(mask, q, k)
+    if mask is not None:
+        mask = mask.as_subclass(Tensor)  # what a subclass indexes becomes one, q and k too
     if state is not None:
         if q.shape[2] != 1:
             state.steps.clear()
@@ -69,7 +71,7 @@ def _attend(
         state.count_exact(reason, max(1, q.shape[0]))
     if mask is not None and mask.ndim == 2:
         if q.shape[2] == 1 and call.window is None:  # hides the same keys, all rows at once
-            mask = mask.as_subclass(Tensor)[:, None, None]
+            mask = mask[:, None, None]
             return exact_of(call)(q, k, v, mask).transpose(1, 2).contiguous()
         return _row_by_row(q, k, v, mask, call, None)
     return exact_of(call)(q, k, v, mask).transpose(1, 2).contiguous()

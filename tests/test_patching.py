@@ -243,6 +243,23 @@ def test_padding_in_the_middle_is_skipped_too(llama):
         torch.testing.assert_close(got, logits(llama, short)[0, 50:], atol=5e-5, rtol=0)
 
 
+def test_methods_get_plain_tensors_whatever_the_mask_is(llama):
+    """The mask is of a class that reads four indices as two, and what it indexes becomes one."""
+    ids, mask = tokens(), torch.ones(1, 200).long()
+    mask[:, 50:90] = 0
+    short = torch.cat([ids[:, :50], ids[:, 90:]], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    params = {"mask_k": 32, "block_q": 16, "block_k": 4, "sink": 4, "window": 16}
+    with sparse_patch.patch(llama, "hip", min_length=0, dense_layers=0, **params) as handle:
+        kinds = set()
+        handle.watch(lambda state, *tensors: kinds.update(map(type, tensors[:3])) or "method")
+        logits(llama, ids, attention_mask=mask, position_ids=positions)
+        assert kinds == {torch.Tensor}
+        handle.watch(None)
+        got = logits(llama.double(), ids, attention_mask=mask, position_ids=positions)[0, 90:]
+        torch.testing.assert_close(got, logits(llama, short)[0, 50:], atol=1e-9, rtol=0)
+
+
 def test_a_row_that_is_all_padding_is_zero_and_counted(llama):
     ids, extra = left_padded([tokens()[0], tokens()[0][:0]], 200)
     with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:

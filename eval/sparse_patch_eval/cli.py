@@ -107,7 +107,7 @@ def demo(
         typer.Option("--quick", help="Shorter prompts (2k, 4k): under two minutes on 2 cores."),
     ] = False,
     model: Annotated[
-        str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2` (comes from PyPI).")
+        str, typer.Option(help="Hub id, folder, .gguf file, or `smollm2`, `gemma3-270m` (PyPI).")
     ] = "smollm2",
     method: Annotated[
         str, typer.Option(help="`NAME:key=value,...`; see `sparse-patch methods`.")

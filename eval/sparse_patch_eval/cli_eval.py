@@ -93,7 +93,7 @@ def evaluate(
         Path, typer.Option(help="Folder for the runs. Given again, it goes on where it stopped.")
     ] = Path("runs"),
     model: Annotated[
-        str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2` (comes from PyPI).")
+        str, typer.Option(help="Hub id, folder, .gguf file, or `smollm2`, `gemma3-270m` (PyPI).")
     ] = "smollm2",
     method: Annotated[
         list[str] | None,

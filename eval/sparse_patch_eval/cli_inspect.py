@@ -22,7 +22,7 @@ def inspect(
         "inspect"
     ),
     model: Annotated[
-        str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2` (comes from PyPI).")
+        str, typer.Option(help="Hub id, folder, .gguf file, or `smollm2`, `gemma3-270m` (PyPI).")
     ] = "smollm2",
     method: Annotated[
         str, typer.Option(help="`NAME:key=value,...`; see `sparse-patch methods`.")

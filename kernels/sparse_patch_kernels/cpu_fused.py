@@ -17,6 +17,8 @@ _TILE = 1 << 21
 
 def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention of `q [batch, heads, rows, dim]`, and its log-sum-exp."""
+    if scale <= 0:  # the kernel hides keys by -inf before it scales them
+        q, scale = q * scale, 1.0
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, scale=scale
     )

