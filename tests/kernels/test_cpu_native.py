@@ -35,6 +35,51 @@ def attend(dtype=torch.float32):
     return cpu_native.attend(q, k, v, plan, 0.3)
 
 
+# q_len, kv_len, block, width of a run, where runs begin: whole slices of 16 keys that many tasks
+# read, which are packed once; an odd number of them in a tile; and what only looks like it.
+SLICED = {
+    "whole slices": (256, 256, 64, 64, 0),
+    "single slices": (256, 256, 64, 16, 0),
+    "a last one cut": (250, 250, 64, 16, 0),
+    "a later chunk": (96, 256, 32, 16, 0),
+    "a chunk off the grid": (100, 256, 32, 16, 0),
+    "a block off the grid": (250, 250, 40, 16, 0),
+    "runs off the grid": (256, 256, 64, 16, 8),
+}
+
+
+def sliced(name, heads=4):
+    q_len, kv_len, block, width, begin = SLICED[name]
+    first_row = torch.arange(0, q_len, block) + kv_len - q_len
+    last_row = (first_row + block - 1).clamp(max=kv_len - 1)
+    starts = torch.arange(begin, kv_len, width)
+    dice = torch.Generator().manual_seed(len(name))
+    mask = torch.rand(heads, len(first_row), len(starts), generator=dice) < 0.7
+    mask &= starts <= last_row[:, None]
+    mask[:, :, 0] = True  # so that with runs off the grid there are rows that see nothing
+    count = mask.sum(-1)
+    order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    runs = RunList(starts[order].to(torch.int32), count.to(torch.int32), width)
+    return BlockPlan(q_len, kv_len, block, (runs,))
+
+
+def check_sliced():
+    for name, (q_len, kv_len, *_) in SLICED.items():
+        plan = sliced(name)
+        for dtype, tolerance in ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)):
+            dice = torch.Generator().manual_seed(7)
+            q, k, v = (
+                torch.randn(n, length, 24, generator=dice).to(dtype)
+                for n, length in ((4, q_len), (2, kv_len), (2, kv_len))
+            )
+            got = cpu_native.attend(q, k, v, plan, 0.3)
+            want = block_sparse_attention(
+                *(x.float() for x in (q, k, v)),
+                plan, scale=0.3, backend="reference", return_lse=True,
+            )  # fmt: skip
+            assert_same((got[0].float(), got[1]), want, tolerance)
+
+
 def check_all_variants():
     for shape in SHAPES:
         for name, plan in variants(shape).items():
@@ -68,6 +113,7 @@ def test_builds_for_older_cpus_are_right_too(fresh, monkeypatch, cpu):
         warnings.simplefilter("error")
         assert cpu_native._kernel() is not None
     check_all_variants()
+    check_sliced()
 
 
 @needs_compiler

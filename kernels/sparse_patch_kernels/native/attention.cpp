@@ -2,9 +2,10 @@
 //
 // A task is one query block of the query heads that share their lists and their KV head: its rows
 // meet the keys that the plan names, a tile of keys at a time, with an online softmax in base 2.
-// Keys are packed into panels on the way, so runs of any length cost the same, and nothing of size
-// queries x keys is kept. Products work in units of 32 bits: one float, or two bfloat16 where the
-// CPU multiplies those; other CPUs widen bfloat16 while packing.
+// Keys are packed into slices on the way, so runs of any length cost the same, and nothing of size
+// queries x keys is kept; where runs are whole slices, all keys are packed once and for all tasks.
+// Products work in units of 32 bits: one float, or two bfloat16 where the CPU multiplies those;
+// other CPUs widen bfloat16 while packing.
 
 #include "common.h"
 
@@ -39,6 +40,161 @@ constexpr int TILE = 128;            // keys that share a step of the softmax
 constexpr int MOST_ROWS = 512;       // of a task; more heads than fit are other tasks
 static_assert(TILE % PANEL == 0, "tiles are whole panels");
 
+// A row as `n` words; what lies beyond its `dim` numbers is 0.
+template <class How>
+void words(const typename How::Type* row, int64_t dim, uint32_t* to, int64_t n) {
+  constexpr int PER = How::PER_WORD;
+  const int64_t whole = dim / PER;
+  words_of<PER>(row, whole, to);
+  if (dim % PER) to[whole] = reinterpret_cast<const uint16_t*>(row)[dim - 1];
+  for (int64_t i = (dim + PER - 1) / PER; i < n; ++i) to[i] = 0;
+}
+
+// Keys and values in slices of LANES, as `multiply` reads them: of a key slice, a row of LANES
+// words for each word of a key; of a value slice, a row for every PER keys.
+template <class How>
+class Packer {
+  using In = typename How::Type;
+  static constexpr int PER = How::PER_WORD;
+
+ public:
+  explicit Packer(const Call& call)
+      : c(call), q_words(round_up(call.dim, 2) / PER), v_words(round_up(call.v_dim, PANEL)) {}
+
+  int64_t key_slice() const { return LANES * q_words; }  // words
+  int64_t value_slice() const { return LANES / PER * v_words; }
+  const In* k(int64_t kv) const { return static_cast<const In*>(c.k) + kv * c.k_head; }
+  const In* v(int64_t kv) const { return static_cast<const In*>(c.v) + kv * c.v_head; }
+
+  // Up to LANES keys, the i-th at row `at(i)`; the rest of the slice is 0.
+  template <class At>
+  void keys(const In* k, At at, int n, uint32_t* to) const {
+    Words block[LANES];
+    for (int64_t w = 0; w < q_words; w += LANES) {
+      const int64_t here = std::min<int64_t>(LANES, q_words - w);
+      for (int i = 0; i < LANES; ++i) {
+        block[i] = Words{};
+        if (i >= n) continue;
+        const In* row = k + at(i) * c.k_row;
+        if (here == LANES && (w + LANES) * PER <= c.dim) {
+          block[i] = wide(row + w * PER);
+        } else {
+          uint32_t part[LANES] = {};
+          words<How>(row + w * PER, std::min<int64_t>(c.dim - w * PER, LANES * PER), part, LANES);
+          block[i] = load<Words>(part);
+        }
+      }
+      transpose(block);
+      for (int64_t i = 0; i < here; ++i) store(to + (w + i) * LANES, block[i]);
+    }
+  }
+
+  // The same of values.
+  template <class At>
+  void values(const In* v, At at, int n, uint32_t* to) const {
+    const int64_t whole = c.v_dim / LANES * LANES;
+    for (int t = 0; t < LANES; t += PER, to += v_words) {
+      if (t >= n) {
+        std::memset(to, 0, v_words * 4);
+        continue;
+      }
+      const In* row = v + at(t) * c.v_row;
+      if (PER == 1) {
+        for (int64_t i = 0; i < whole; i += LANES) store(to + i, wide(row + i));
+        if (whole < c.v_dim) {
+          words<How>(row + whole, c.v_dim - whole, to + whole, c.v_dim - whole);
+        }
+      } else {
+        const In* next = t + 1 < n ? v + at(t + 1) * c.v_row : nullptr;
+        for (int64_t i = 0; i < whole; i += LANES) {
+          Words x = widened(load<Halves>(row + i));
+          if (next) x |= widened(load<Halves>(next + i)) << 16;
+          store(to + i, x);
+        }
+        for (int64_t i = whole; i < c.v_dim; ++i) {
+          to[i] = static_cast<uint32_t>(row[i]) | (next ? static_cast<uint32_t>(next[i]) << 16 : 0);
+        }
+      }
+    }
+  }
+
+ private:
+  static Words wide(const float* from) { return load<Words>(from); }
+  static Words wide(const uint16_t* from) {
+    if (PER == 2) return load<Words>(from);
+    return widened(load<Halves>(from)) << 16;
+  }
+
+  const Call& c;
+
+ public:
+  const int64_t q_words, v_words;
+};
+
+// All keys and values, packed.
+template <class How>
+class Sequence {
+ public:
+  explicit Sequence(const Call& call)
+      : c(call),
+        packer(call),
+        slices((call.kv_len + LANES - 1) / LANES),
+        keys(call.kv_heads * slices * packer.key_slice()),
+        values(call.kv_heads * slices * packer.value_slice()) {
+    std::atomic<int64_t> next{0};
+    in_threads(call.threads, [&] {
+      constexpr int64_t STEP = 16;  // slices
+      for (int64_t i; (i = STEP * next++) < c.kv_heads * slices;) {
+        for (int64_t j = i; j < std::min(i + STEP, c.kv_heads * slices); ++j) pack(j);
+      }
+    });
+  }
+
+  const uint32_t* key_slice(int64_t kv, int64_t key) const {
+    return keys.at + (kv * slices + key / LANES) * packer.key_slice();
+  }
+  const uint32_t* value_slice(int64_t kv, int64_t key) const {
+    return values.at + (kv * slices + key / LANES) * packer.value_slice();
+  }
+
+  // Is a call's plan one of whole slices, and do its tasks read keys so often that it pays?
+  static bool pays(const Call& c) {
+    const Runs& r = c.runs[0];
+    if (c.n_runs != 1 || c.order || c.sink || c.window || r.width % LANES || c.block % LANES ||
+        (c.kv_len - c.q_len) % LANES) {
+      return false;
+    }
+    int64_t read = 0;
+    for (int64_t unit = 0; unit < c.units; ++unit) {
+      const int64_t head = unit * c.heads / c.units;
+      for (int64_t block = 0; block < c.n_blocks; ++block) {
+        const int32_t* start = r.start + (head * r.lists / c.heads * c.n_blocks + block) * r.listed;
+        const int64_t n = std::min<int64_t>(
+            r.count[head * r.counts / c.heads * c.n_blocks + block], r.listed);
+        for (int64_t i = 0; i < n; ++i) {
+          if (start[i] % LANES) return false;
+        }
+        read += std::max<int64_t>(n, 0) * r.width;
+      }
+    }
+    return read >= 2 * c.kv_heads * c.kv_len;
+  }
+
+ private:
+  void pack(int64_t slice) {
+    const int64_t kv = slice / slices, first = slice % slices * LANES;
+    const int n = static_cast<int>(std::min<int64_t>(LANES, c.kv_len - first));
+    const auto at = [first](int i) { return first + i; };
+    packer.keys(packer.k(kv), at, n, keys.at + slice * packer.key_slice());
+    packer.values(packer.v(kv), at, n, values.at + slice * packer.value_slice());
+  }
+
+  const Call& c;
+  const Packer<How> packer;
+  const int64_t slices;
+  Aligned<uint32_t> keys, values;
+};
+
 // A thread's memory and what it does with a task.
 template <class How>
 class Worker {
@@ -46,14 +202,17 @@ class Worker {
   static constexpr int PER = How::PER_WORD;
 
  public:
-  Worker(const Call& call, int most_rows)
+  // `whole` may be null: then tiles are packed as they come.
+  Worker(const Call& call, const Sequence<How>* whole, int most_rows)
       : c(call),
-        q_words(round_up(call.dim, 2) / PER),
-        v_words(round_up(call.v_dim, PANEL)),
+        whole(whole),
+        packer(call),
+        q_words(packer.q_words),
+        v_words(packer.v_words),
         rows_room(round_up(most_rows, ROWS)),
         queries(rows_room * q_words),
-        panel(int64_t{TILE} * round_up(q_words, LANES)),
-        values(int64_t{TILE} / PER * v_words),
+        tile_keys(whole ? 0 : TILE / LANES * packer.key_slice()),
+        tile_values(whole ? 0 : TILE / LANES * packer.value_slice()),
         scores(rows_room * TILE),
         weights(PER == 1 ? 0 : rows_room * TILE / PER),
         sums(rows_room * v_words),
@@ -73,9 +232,7 @@ class Worker {
     std::fill_n(total.at, padded, 0.f);
     std::memset(sums.at, 0, padded * v_words * sizeof(float));
     name_keys(head, block);
-    const int64_t kv = head * c.kv_heads / c.heads;
-    k = static_cast<const In*>(c.k) + kv * c.k_head;
-    v = static_cast<const In*>(c.v) + kv * c.v_head;
+    kv = head * c.kv_heads / c.heads;
     for (size_t from = 0; from < keys.size(); from += TILE) {
       attend(from, std::min<size_t>(TILE, keys.size() - from));
     }
@@ -88,24 +245,17 @@ class Worker {
     for (int64_t h = head; h < end; ++h) {
       const In* from = static_cast<const In*>(c.q) + h * c.q_head + block * c.block * c.q_row;
       for (int64_t i = 0; i < in_block; ++i, from += c.q_row, to += q_words) {
-        words(from, c.dim, to, q_words);
+        words<How>(from, c.dim, to, q_words);
       }
     }
     std::memset(to, 0, (padded - n_rows) * q_words * 4);
   }
 
-  // A row as `n` words; what lies beyond its `dim` numbers is 0.
-  static void words(const In* row, int64_t dim, uint32_t* to, int64_t n) {
-    const int64_t whole = dim / PER;
-    words_of<PER>(row, whole, to);
-    if (dim % PER) to[whole] = reinterpret_cast<const uint16_t*>(row)[dim - 1];
-    for (int64_t i = (dim + PER - 1) / PER; i < n; ++i) to[i] = 0;
-  }
-
   // Keys of the task: those that all rows see (but for causality), then those in some row's window.
   void name_keys(int64_t head, int64_t block) {
     keys.clear();
-    const int64_t end = first_row + in_block;
+    // Packed slices stay whole: what a last one has beyond the sequence is masked, wherever it is.
+    const int64_t unit = whole ? LANES : 1, end = round_up(first_row + in_block, unit);
     const int64_t near = c.window ? std::max(c.sink, first_row - c.window + 1) : end;
     const bool again = c.n_runs > 1 || c.window > 0;  // may a key be named twice?
     for (int64_t key = 0; key < std::min(c.sink, end); ++key) keys.push_back(key);
@@ -118,7 +268,7 @@ class Worker {
       const int64_t n = std::min<int64_t>(
           r.count[head * r.counts / c.heads * c.n_blocks + block], r.listed);
       for (int64_t j = 0; j < n; ++j) {
-        const int64_t stop = std::min<int64_t>(start[j] + r.width, c.kv_len);
+        const int64_t stop = std::min<int64_t>(start[j] + r.width, round_up(c.kv_len, unit));
         for (int64_t slot = std::max(start[j], 0); slot < stop; ++slot) {
           const int64_t key = order ? order[slot] : slot;
           if (key < c.sink || key >= end) continue;
@@ -146,8 +296,8 @@ class Worker {
   // Ask for keys from `from` to `end`: they lie all over the memory, and packing would wait.
   void fetch(size_t from, size_t end) const {
     for (size_t t = from; t < std::min(keys.size(), end); ++t) {
-      fetch(k + place(keys[t]) * c.k_row, c.dim);
-      fetch(v + place(keys[t]) * c.v_row, c.v_dim);
+      fetch(packer.k(kv) + place(keys[t]) * c.k_row, c.dim);
+      fetch(packer.v(kv) + place(keys[t]) * c.v_row, c.v_dim);
     }
   }
   static void fetch(const In* row, int64_t n) {
@@ -166,18 +316,36 @@ class Worker {
     }
     const int width = round_up(n, PANEL);
     for (int t = n; t < width; ++t) position[t] = INT_MAX, reach[t] = INT_MAX;
-    pack_keys(key, n, width);
-    pack_values(key, n, width);
+    for (int t = 0; t < n; t += LANES) slice(key + t, std::min(LANES, n - t), t / LANES);
+    // Scores are made of two slices at a time; a second one where there is none is masked.
+    const int slices = (n + LANES - 1) / LANES;
+    key_places[slices] = key_places[slices - 1];
     // The next tile comes while this one is computed, some keys with every ROWS rows.
     const size_t share = (TILE * ROWS + padded - 1) / padded;
     size_t next = from + TILE;
     for (int64_t row = 0; row < padded; row += ROWS, next += share) {
-      fetch(next, std::min(next + share, from + 2 * TILE));
-      const int used = masked ? reached(row, n) : width;
+      if (!whole) fetch(next, std::min(next + share, from + 2 * TILE));
+      const int used = masked ? reached(row, n) : n;
       if (used == 0) continue;
       score(row, round_up(used, PANEL), masked);
-      gather(row, round_up(used, PANEL));
+      gather(row, (used + LANES - 1) / LANES);
     }
+  }
+
+  // The tile's slice number `i` has these keys.
+  void slice(const int32_t* key, int n, int i) {
+    if (whole) {
+      key_places[i] = whole->key_slice(kv, *key);
+      value_places[i] = whole->value_slice(kv, *key);
+      return;
+    }
+    const auto at = [key](int t) { return place(key[t]); };
+    uint32_t* k = tile_keys.at + i * packer.key_slice();
+    uint32_t* v = tile_values.at + i * packer.value_slice();
+    packer.keys(packer.k(kv), at, n, k);
+    packer.values(packer.v(kv), at, n, v);
+    key_places[i] = k;
+    value_places[i] = v;
   }
 
   // So many keys of the tile, from its first on, contain all that rows from `row` on may see.
@@ -190,62 +358,6 @@ class Worker {
     return n;
   }
 
-  void pack_keys(const int32_t* key, int n, int width) {
-    Words block[LANES];
-    for (int t = 0; t < width; t += LANES) {
-      uint32_t* to = panel.at + t / PANEL * PANEL * q_words + t % PANEL;
-      for (int64_t w = 0; w < q_words; w += LANES) {
-        const int64_t here = std::min<int64_t>(LANES, q_words - w);
-        for (int i = 0; i < LANES; ++i) {
-          block[i] = Words{};
-          if (t + i >= n) continue;
-          const In* row = k + place(key[t + i]) * c.k_row;
-          if (here == LANES && (w + LANES) * PER <= c.dim) {
-            block[i] = wide(row + w * PER);
-          } else {
-            uint32_t part[LANES] = {};
-            words(row + w * PER, std::min<int64_t>(c.dim - w * PER, LANES * PER), part, LANES);
-            block[i] = load<Words>(part);
-          }
-        }
-        transpose(block);
-        for (int64_t i = 0; i < here; ++i) store(to + (w + i) * PANEL, block[i]);
-      }
-    }
-  }
-
-  static Words wide(const float* from) { return load<Words>(from); }
-  static Words wide(const uint16_t* from) {
-    if (PER == 2) return load<Words>(from);
-    return widened(load<Halves>(from)) << 16;
-  }
-
-  void pack_values(const int32_t* key, int n, int width) {
-    const int64_t whole = c.v_dim / LANES * LANES;
-    for (int t = 0; t < width; t += PER) {
-      uint32_t* to = values.at + t / PER * v_words;
-      if (t >= n) {
-        std::memset(to, 0, v_words * 4);
-        continue;
-      }
-      const In* row = v + place(key[t]) * c.v_row;
-      if (PER == 1) {
-        for (int64_t i = 0; i < whole; i += LANES) store(to + i, wide(row + i));
-        if (whole < c.v_dim) words(row + whole, c.v_dim - whole, to + whole, c.v_dim - whole);
-      } else {
-        const In* next = t + 1 < n ? v + place(key[t + 1]) * c.v_row : nullptr;
-        for (int64_t i = 0; i < whole; i += LANES) {
-          Words x = widened(load<Halves>(row + i));
-          if (next) x |= widened(load<Halves>(next + i)) << 16;
-          store(to + i, x);
-        }
-        for (int64_t i = whole; i < c.v_dim; ++i) {
-          to[i] = static_cast<uint32_t>(row[i]) | (next ? static_cast<uint32_t>(next[i]) << 16 : 0);
-        }
-      }
-    }
-  }
-
   // Weights of ROWS rows for `width` keys, from the running maximum on; what came before decays.
   void score(int64_t row, int width, bool masked) {
     float* s = scores.at + row * TILE;
@@ -253,7 +365,8 @@ class Worker {
     const float unit = c.softcap == 0.f ? c.scale * LOG2E : 1.f;
     for (int t = 0; t < width; t += PANEL) {
       Floats x[ROWS][WIDE] = {};
-      multiply<How>(queries.at + row * q_words, q_words, panel.at + int64_t{t} * q_words, PANEL,
+      const uint32_t* const* two = key_places + t / LANES;
+      multiply<How>(queries.at + row * q_words, q_words, two, 0, two[1] - two[0], LANES, 1,
                     q_words, x);
       for (int r = 0; r < ROWS; ++r) {
         for (int w = 0; w < WIDE; ++w) {
@@ -312,8 +425,8 @@ class Worker {
     }
   }
 
-  // Add the values of `width` keys, weighted.
-  void gather(int64_t row, int width) {
+  // Add the values of some slices, weighted.
+  void gather(int64_t row, int slices) {
     const uint32_t* a = PER == 1 ? reinterpret_cast<const uint32_t*>(scores.at + row * TILE)
                                  : weights.at + row * TILE / PER;
     for (int64_t column = 0; column < v_words; column += PANEL) {
@@ -324,7 +437,7 @@ class Worker {
           x[r][w] = load<Floats>(to + r * v_words + w * LANES) * decay.at[row + r];
         }
       }
-      multiply<How>(a, TILE / PER, values.at + column, v_words, width / PER, x);
+      multiply<How>(a, TILE / PER, value_places, column, LANES, v_words, slices, LANES / PER, x);
       for (int r = 0; r < ROWS; ++r) {
         for (int w = 0; w < WIDE; ++w) store(to + r * v_words + w * LANES, x[r][w]);
       }
@@ -347,21 +460,25 @@ class Worker {
   static void put(uint16_t* to, float x) { *to = narrowed(x); }
 
   const Call& c;
+  const Sequence<How>* whole;
+  const Packer<How> packer;
   const int64_t q_words, v_words, rows_room;
-  Aligned<uint32_t> queries, panel, values;
+  Aligned<uint32_t> queries, tile_keys, tile_values;
   Aligned<float> scores;
   Aligned<uint32_t> weights;
   Aligned<float> sums, best, total, decay;
   std::vector<uint8_t> seen;
   std::vector<int32_t> keys;
   int32_t position[TILE], reach[TILE];
-  const In *k = nullptr, *v = nullptr;
-  int64_t first_row = 0, in_block = 0, n_rows = 0, padded = 0;
+  const uint32_t *key_places[TILE / LANES + 1], *value_places[TILE / LANES];
+  int64_t kv = 0, first_row = 0, in_block = 0, n_rows = 0, padded = 0;
 };
 
 // False: no memory.
 template <class How>
 bool run(const Call& call) {
+  const auto whole =
+      Sequence<How>::pays(call) ? std::make_unique<Sequence<How>>(call) : nullptr;
   const int64_t group = call.heads / call.units;
   const int64_t at_once = std::max<int64_t>(1, std::min(group, MOST_ROWS / call.block));
   const int64_t parts = (group + at_once - 1) / at_once;
@@ -370,7 +487,7 @@ bool run(const Call& call) {
   std::atomic<bool> complete{true};
   auto work = [&] {
     try {
-      Worker<How> worker(call, at_once * call.block);
+      Worker<How> worker(call, whole.get(), at_once * call.block);
       for (int64_t task; complete && (task = next++) < tasks;) {
         // Later blocks see more keys: first, so that no long one is left at the end.
         const int64_t block = call.n_blocks - 1 - task / (call.units * parts);

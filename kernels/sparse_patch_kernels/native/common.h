@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -189,21 +190,26 @@ inline void transpose(Words (&x)[LANES]) {
   }
 }
 
-// sums[r][c] += a[r, :] . b[:, c] over `steps` words; a row of `b` is `b_step` words.
+// sums[r][c] += a[r, :] . b[:, c] over `parts * steps` words. Two vectors of a row of `b` are read,
+// `apart` words from one another; rows are `b_step` words, and every `steps` of them lie together,
+// `offset` words into the next of `parts` places.
 template <class How>
-inline void multiply(const uint32_t* a, int a_step, const uint32_t* b, int b_step, int steps,
+inline void multiply(const uint32_t* a, int a_step, const uint32_t* const* places, int64_t offset,
+                     int64_t apart, int b_step, int parts, int steps,
                      Floats (&sums)[ROWS][WIDE]) {
   // Some compilers keep what a reference names in memory, step by step; these stay in registers.
   Floats x[ROWS][WIDE];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) x[r][0] = sums[r][0], x[r][1] = sums[r][1];
-  for (int s = 0; s < steps; ++s, b += b_step) {
-    const Words b0 = load<Words>(b), b1 = load<Words>(b + LANES);
+  for (int part = 0; part < parts; ++part) {
+    const uint32_t* b = places[part] + offset;
+    for (int s = 0; s < steps; ++s, b += b_step, ++a) {
+      const Words b0 = load<Words>(b), b1 = load<Words>(b + apart);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const uint32_t word = a[r * a_step + s];
-      x[r][0] = How::mac(x[r][0], word, b0);
-      x[r][1] = How::mac(x[r][1], word, b1);
+      for (int r = 0; r < ROWS; ++r) {
+        x[r][0] = How::mac(x[r][0], a[r * a_step], b0);
+        x[r][1] = How::mac(x[r][1], a[r * a_step], b1);
+      }
     }
   }
 #pragma GCC unroll 8
