@@ -17,7 +17,7 @@ import sparse_patch
 from sparse_patch import routing
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.hip import Hip
-from tests.robustness.conftest import SPARSE, part_of, states
+from tests.robustness.real import SPARSE, part_of, states
 
 pytestmark = pytest.mark.network
 

@@ -14,7 +14,7 @@ from gguf.quants import quantize
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import sparse_patch
-from tests.robustness.conftest import (
+from tests.robustness.real import (
     SPARSE,
     assert_near,
     folder_of,
