@@ -14,7 +14,13 @@ from sparse_patch_eval.fetch import package_file
 from sparse_patch_eval.models import SMOLLM2_GGUF
 from sparse_patch_eval.rows import Row
 
-PEERS = ("openvino", "openvino:trishape", "openvino:xattention", "llama.cpp")
+PEERS = (
+    "openvino",
+    "openvino:trishape",
+    "openvino:xattention",
+    "openvino:xattention:unquantised",
+    "llama.cpp",
+)
 
 
 @contextlib.contextmanager
