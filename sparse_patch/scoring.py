@@ -254,7 +254,7 @@ def ranking_loss(
     Args:
         q: `[heads, q_len, dim]`, the last rows of the sequence.
         k: `[kv_heads, kv_len, dim]`.
-        order: int64 `[lists, rows, blocks]`, as `selection.rank` makes it.
+        order: int32 `[lists, rows, blocks]`, as `selection.rank` makes it.
         block_q, block_k: tokens per query block and per key block.
         stride: take every so many queries.
 
@@ -284,7 +284,7 @@ def _add_squares(squares: Tensor, mass: Tensor, order: Tensor) -> None:
         order: `[heads, rows, n]`, n at least m.
     """
     n = order.shape[2]
-    ranked = torch.nn.functional.pad(mass, (0, n - mass.shape[2])).gather(2, order)
+    ranked = torch.nn.functional.pad(mass, (0, n - mass.shape[2])).gather(2, order.long())
     squares[:, :n] += (1 - ranked.cumsum(-1)).clamp_(min=0).square_().sum(1)
 
 

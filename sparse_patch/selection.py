@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from sparse_patch_kernels.runs import lists_at_once
 from torch import Tensor
 
 _NEVER = float("-inf")
@@ -79,10 +80,15 @@ class BlockGrid:
 
 
 def rank(scores: Tensor, allowed: Tensor, forced: Tensor) -> Tensor:
-    """int64 `[lists, rows, blocks]`: block indices, best first. See the module docstring."""
-    scores = scores.masked_fill(scores.isnan(), _NEVER).clamp(min=torch.finfo(scores.dtype).min)
-    scores = scores.masked_fill(forced, float("inf")).masked_fill(~allowed, _NEVER)
-    return scores.argsort(dim=-1, descending=True, stable=True)
+    """int32 `[lists, rows, blocks]`: block indices, best first. See the module docstring."""
+    order = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    allowed, forced = allowed.expand_as(scores), forced.expand_as(scores)
+    for some in lists_at_once(scores):
+        part = scores[some].masked_fill(scores[some].isnan(), _NEVER)
+        part = part.clamp_(min=torch.finfo(scores.dtype).min)
+        part.masked_fill_(forced[some], float("inf")).masked_fill_(~allowed[some], _NEVER)
+        order[some] = part.argsort(dim=-1, descending=True, stable=True)
+    return order
 
 
 def mass_of(scores: Tensor, allowed: Tensor) -> Tensor:
@@ -145,15 +151,18 @@ def mask_of(order: Tensor, count: Tensor) -> Tensor:
 
     `order` may have fewer lists than `count` has heads: they share.
     """
-    order = order.repeat_interleave(count.shape[0] // order.shape[0], 0)
     kept = torch.arange(order.shape[-1], device=order.device) < count[..., None]
-    return torch.zeros_like(kept).scatter_(-1, order, kept)
+    mask = torch.zeros_like(kept)
+    order = order[:, None].expand(-1, count.shape[0] // order.shape[0], -1, -1).flatten(0, 1)
+    for some in lists_at_once(mask):
+        mask[some].scatter_(-1, order[some].long(), kept[some])
+    return mask
 
 
 def ranking_of(mask: Tensor) -> tuple[Tensor, Tensor]:
     """A ranking and counts of it whose `mask_of` is `mask [heads, rows, blocks]`."""
     order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return order, mask.sum(-1)
+    return order.int(), mask.sum(-1)
 
 
 def cover(mass: Tensor, share: float) -> Tensor:
