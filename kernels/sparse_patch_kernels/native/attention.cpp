@@ -94,6 +94,7 @@ class Packer {
   void values(const In* v, At at, int n, uint32_t* to) const {
     const int64_t whole = c.v_dim / LANES * LANES;
     for (int t = 0; t < LANES; t += PER, to += v_words) {
+      std::memset(to + c.v_dim, 0, (v_words - c.v_dim) * 4);
       if (t >= n) {
         std::memset(to, 0, v_words * 4);
         continue;
@@ -139,8 +140,8 @@ class Sequence {
       : c(call),
         packer(call),
         slices((call.kv_len + LANES - 1) / LANES),
-        keys(call.kv_heads * slices * packer.key_slice()),
-        values(call.kv_heads * slices * packer.value_slice()) {
+        keys(call.kv_heads * slices * packer.key_slice(), false),
+        values(call.kv_heads * slices * packer.value_slice(), false) {
     std::atomic<int64_t> next{0};
     in_threads(call.threads, [&] {
       constexpr int64_t STEP = 16;  // slices

@@ -20,6 +20,9 @@
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -218,11 +221,17 @@ inline void multiply(const uint32_t* a, int a_step, const uint32_t* const* place
 
 template <class T>
 struct Aligned {
-  explicit Aligned(size_t n) {
+  // Zeros, or whatever was there before where all of it is written anyway.
+  explicit Aligned(size_t n, bool zeros = true) {
+    const size_t bytes = std::max<size_t>(64, n * sizeof(T)), large = size_t{1} << 21;
     void* memory = nullptr;
-    if (posix_memalign(&memory, 64, std::max<size_t>(64, n * sizeof(T)))) throw std::bad_alloc();
+    if (posix_memalign(&memory, bytes < 2 * large ? 64 : large, bytes)) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    // A page fault for every 4 KiB would cost more than what is written there.
+    if (bytes >= 2 * large) madvise(memory, bytes / large * large, MADV_HUGEPAGE);
+#endif
     at = static_cast<T*>(memory);
-    std::memset(memory, 0, n * sizeof(T));
+    if (zeros) std::memset(memory, 0, n * sizeof(T));
   }
   ~Aligned() { std::free(at); }
   Aligned(const Aligned&) = delete;
