@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from sparse_patch_kernels import BlockPlan, RunList
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,46 +37,67 @@ def merged(
         heads: of the merged plan.
 
     Returns:
-        The plan; None without any part.
+        The plan, in blocks of the narrowest part; None without any part.
 
     Raises:
-        ValueError: parts that are no lists of blocks, or of blocks of different sizes.
+        ValueError: the parts cannot be mixed (see `common_form`).
     """
     if not parts:
         return None
-    width, block_q = _form(parts)
+    width, block_q = common_form([part.plan for part in parts])
     first = parts[0].plan
     every = torch.arange(0, kv_len, width, dtype=torch.int32, device=device)
-    seen = first.last_rows(device) // width + 1
+    last = first.last_rows(device)
     start = every.expand(heads, first.n_q_blocks, -1).clone()
-    count = seen.to(torch.int32).expand(heads, -1).clone()
+    count = (last // width + 1).to(torch.int32).expand(heads, -1).clone()
     for part in parts:
-        own, n = part.plan.runs[0].expand(part.plan.heads)
+        own, n = _in_runs_of(width, part.plan, last)
         lists = torch.tensor([place * part.plan.heads // part.of for place in part.places])
         target = torch.tensor(part.heads)
         # What lists hold past their counts is padding, whatever it is.
-        start[target, :, : own.shape[2]] = own[lists]
+        own = own[lists, :, : start.shape[2]]
+        start[target, :, : own.shape[2]] = own
         count[target] = n[lists]
     return BlockPlan(first.q_len, first.kv_len, block_q, (RunList(start, count, width),))
 
 
-def _form(parts: Sequence[Part]) -> tuple[int, int]:
-    """Width and rows of the blocks that all parts list.
+def common_form(plans: Sequence[BlockPlan]) -> tuple[int, int]:
+    """Width and rows of the blocks that all plans can be written in.
 
     Raises:
-        ValueError: there is no such form.
+        ValueError: a plan is no list of whole blocks, their rows differ, or a width is no multiple
+            of the narrowest.
     """
-    forms = set()
-    for plan in (part.plan for part in parts):
+    for plan in plans:
         simple = len(plan.runs) == 1 and plan.key_order is None and not plan.sink + plan.window
         if not simple or plan.runs[0].pool > 1:
             raise ValueError(
                 "profile: methods share a layer only where each lists whole blocks of keys (no "
                 "window, key order or pooled keys); give such a method a layer of its own"
             )
-        forms.add((plan.runs[0].width, plan.block_q))
-    if len(forms) > 1:
+    forms = {(plan.runs[0].width, plan.block_q) for plan in plans}
+    width, block_q = min(forms)
+    if any(wide % width or rows != block_q for wide, rows in forms):
+        shown = ", ".join(f"{wide} keys x {rows} rows" for wide, rows in sorted(forms))
         raise ValueError(
-            f"profile: methods that share a layer need blocks of one size, got {sorted(forms)}"
+            "profile: methods that share a layer need blocks of as many rows, and keys that the "
+            f"narrowest divides, got {shown}; give them the same block_size"
         )
-    return forms.pop()
+    return width, block_q
+
+
+def _in_runs_of(width: int, plan: BlockPlan, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Start `[heads, n_q_blocks, n]` and count of a plan's list, its runs cut into such of `width`.
+
+    last `[n_q_blocks]`: a block's last row, after which none may begin.
+    """
+    (run,) = plan.runs
+    start, count = run.expand(plan.heads)
+    pieces = run.width // width
+    if pieces == 1:
+        return start, count
+    cut = torch.arange(0, run.width, width, dtype=torch.int32, device=start.device)
+    start = (start[..., None] + cut).flatten(2)
+    listed = torch.arange(start.shape[2], device=start.device) < count[..., None] * pieces
+    in_sight = listed & (start <= last[:, None])
+    return start, in_sight.sum(-1, dtype=torch.int32)

@@ -106,11 +106,32 @@ def test_plans_that_are_no_blocks_or_of_other_sizes_do_not_mix():
     blocks = BlockPlan.from_block_mask(torch.ones(1, 4, 4).bool().tril(), block_q=16, block_k=16)
     window = BlockPlan(64, 64, 16, window=8)
     other = BlockPlan.from_block_mask(torch.ones(1, 2, 2).bool().tril(), block_q=32, block_k=32)
-    for plan, message in ((window, "whole blocks of keys"), (other, "blocks of one size")):
+    for plan, message in ((window, "whole blocks of keys"), (other, "blocks of as many rows")):
         parts = [Part([0], [0], 1, blocks), Part([1], [0], 1, plan)]
         with pytest.raises(ValueError, match=message):
             merged(parts, 2, 64, torch.device("cpu"))
     assert merged([], 2, 64, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(64, 64), (50, 70), (33, 97)])
+def test_wide_blocks_mix_with_narrow_ones_that_divide_them(q_len, kv_len):
+    """Ragged ends and offsets: a wide block's last pieces may lie out of sight."""
+    n_q = -(-q_len // 16)
+
+    def drawn(width, heads, seed):
+        generator = torch.Generator().manual_seed(seed)
+        on = torch.rand(heads, n_q, -(-kv_len // width), generator=generator) < 0.5
+        return BlockPlan.from_block_mask(on, block_q=16, block_k=width, q_len=q_len, kv_len=kv_len)
+
+    wide, narrow = drawn(32, 2, 0), drawn(8, 1, 1)
+    parts = [Part([0, 3], [1, 0], 2, wide), Part([1], [0], 1, narrow)]
+    plan = merged(parts, 4, kv_len, torch.device("cpu"))
+    assert plan.runs[0].width == 8
+    mask = plan.to_dense_mask()
+    every = torch.ones(q_len, kv_len).tril(kv_len - q_len).bool()
+    want = [wide.to_dense_mask()[1], narrow.to_dense_mask()[0], every, wide.to_dense_mask()[0]]
+    for one, other in zip(mask, want, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_model_runs_a_profile_and_is_restored(llama, ids, tmp_path):

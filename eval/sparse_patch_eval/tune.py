@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sparse_patch import BlockPlan, Method, Profile, get_method
+from sparse_patch.mixing import common_form
 from sparse_patch.profiles import Share
 from sparse_patch_eval.capture import Attention
 from sparse_patch_eval.judge import plan_of
@@ -155,15 +156,20 @@ def candidates(specs: Mapping[str, Mapping[str, Any]], steps: int) -> list[Candi
 def measure_layer(
     some: Sequence[Candidate], layer: int, attention: Attention, *, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Density and recall `[candidates, heads]` of candidates on one layer of one prompt."""
+    """Density and recall `[candidates, heads]` of candidates on one layer of one prompt.
+
+    Raises:
+        ValueError: their plans cannot share a layer (see `sparse_patch.mixing`).
+    """
     heads = len(attention.q)
     density = torch.ones(len(some), heads, dtype=torch.float64)
     recall = torch.ones(len(some), heads, dtype=torch.float64)
     truth: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    for i, one in enumerate(some):
-        plan = plan_of(one.method, layer, attention)
-        if plan is None:
-            continue
+    plans = {i: plan_of(one.method, layer, attention) for i, one in enumerate(some)}
+    sparse = {i: plan for i, plan in plans.items() if plan is not None}
+    if sparse:
+        common_form(list(sparse.values()))
+    for i, plan in sparse.items():
         form = plan.block_q, plan.runs[0].width
         if form not in truth:
             truth[form] = block_mass(attention, *form, rows=rows)
@@ -197,13 +203,7 @@ def block_mass(
 
 
 def _mask(plan: BlockPlan, heads: int) -> Tensor:
-    """bool `[heads, query blocks, key blocks]` of a plan of one list of blocks.
-
-    Raises:
-        ValueError: any other plan.
-    """
-    if len(plan.runs) != 1 or plan.key_order is not None or plan.sink or plan.window:
-        raise ValueError("tune: a method that lists no whole blocks of keys cannot be mixed")
+    """bool `[heads, query blocks, key blocks]` of a plan of one list of blocks."""
     (run,) = plan.runs
     start, _ = run.expand(plan.heads)
     valid = run.valid(plan.heads)

@@ -103,8 +103,17 @@ def test_methods_without_blocks_cannot_be_mixed(tiny):
     ids = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(0))
     inside = capture(model, ids, [0]).layers[0]
     pbs = Candidate("pbs", {"block_size": 16, "segment": 32, "tau": 0.5})
-    with pytest.raises(ValueError, match="cannot be mixed"):
+    with pytest.raises(ValueError, match="whole blocks of keys"):
         measure_layer([pbs], 0, inside, rows=50)
+
+
+def test_blocks_that_do_not_fit_are_named_when_the_first_layer_is_measured(tiny):
+    model, _ = tiny
+    ids = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(0))
+    inside = capture(model, ids, [0]).layers[0]
+    small, large = (Candidate("mean_pool", {"gamma": 0.5, "block_size": size}) for size in (16, 32))
+    with pytest.raises(ValueError, match="blocks of as many rows"):
+        measure_layer([small, large], 0, inside, rows=50)
 
 
 def test_heads_that_differ_in_one_number_plan_together():

@@ -71,7 +71,9 @@ def test_every_head_dim(dim):
 def test_blocks_that_are_no_tile(block_q, block_k, window):
     """More rows than a tile, or no power of two; runs of one key, and of more than a tile."""
     shape = (2, 1, 310, 330, 16, 16, block_q, block_k)
-    q, k, v = inputs(shape)
+    q, *kv = inputs(shape)
+    # Huge numbers past the last key: who reads them overflows, which is an error here.
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 512), value=3e38)[:, :330] for x in kv)
     plan = dataclasses.replace(variants(shape)["blocks"], sink=window, window=window)
     assert_same(*both(q, k, v, plan), 5e-6)
 

@@ -272,8 +272,10 @@ def block_sparse_forward(
     real = (in_block < n_here) & (lane // SUB_ROWS < PACK)
     q_row = tl.load(entry) + in_block
     row = tl.load(entry + 2) + in_block
-    first_row = tl.load(entry + 2) + sub
     last_row = tl.load(entry + 2) + tl.minimum(n_here, sub + SUB_ROWS) - 1
+    # In a short last block a whole tile may lie past its rows: such a tile must not take keys past
+    # the end for seen by all.
+    first_row = tl.minimum(tl.load(entry + 2) + sub, last_row)
     base = tl.load(entry + 3)
     kv_len = tl.load(entry + 4)
 
