@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,3 +311,12 @@ def test_other_bad_arguments(llama, tmp_path):
     for method in (None, "auto"):
         with pytest.raises(ValueError, match="or give a profile="):
             sparse_patch.patch(llama, method)
+
+
+def test_the_profile_in_results_is_one():
+    found = Profile.load(Path(__file__).parent.parent / "results/tune_smollm2_8k/profile.json")
+    assert found.model == {
+        "type": "llama", "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64
+    }  # fmt: skip
+    assert sorted(found.layers) == list(range(30))
+    assert len({share.name for shares in found.layers.values() for share in shares}) > 1
