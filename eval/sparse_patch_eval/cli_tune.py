@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +27,8 @@ METHODS = ["strided", "xattention", "proxyattn", "flexprefill"]
 # Last positions whose distributions a KL is the mean of.
 _KL_TOKENS = 64
 _SPEED_ROUNDS = 3
+# Heads that a report names.
+_WORST = 5
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,9 @@ def tune(
         )
         output.mkdir(parents=True, exist_ok=True)
         found.save(output / "profile.json")
-        report = _report(target, held, found)
+        report = _report(target, held, found) + _failures(
+            kind, aim, held["held out"], tuning, unseen, choice
+        )
         (output / "tune.md").write_text(report, encoding="utf-8")
     console.print(visible(report), markup=False)
     for name in ("profile.json", "tune.md"):
@@ -167,13 +173,14 @@ def _target(text: str) -> tuple[str, float]:
     Raises:
         ValueError: of another form, or a number that cannot be met.
     """
-    kind, _, number = text.partition("=")
+    # What a target bounds needs no saying, but may be said: `kl<=0.01`.
+    found = re.fullmatch(r"\s*(?:(recall|speedup)\s*>?|(kl)\s*<?)=\s*(\S+)\s*", text)
+    kind = (found[1] or found[2]) if found else ""
     try:
-        aim = float(number)
+        aim = float(found[3]) if found else -1.0
     except ValueError:
         aim = -1.0
-    bounds = {"recall": (0.0, 1.0), "kl": (0.0, float("inf")), "speedup": (0.0, float("inf"))}
-    if kind not in bounds or not bounds[kind][0] < aim < bounds[kind][1]:
+    if not 0 < aim < (1 if kind == "recall" else math.inf):
         raise ValueError(
             f"--target {text!r}: give recall=R with R below 1, kl=NATS, or speedup=FACTOR"
         )
@@ -302,4 +309,27 @@ def _report(target: str, held: dict[str, Held], found: Profile) -> str:
         lines.append(f"| {layer} | {', '.join(f'{n} ({k})' for n, k in by_name.items())} |")
     gap = held["held out"].recall - held["tuned on"].recall
     lines += ["", f"Held out, recall differs by {gap:+.4f} from what was tuned on."]
+    return "\n".join(lines) + "\n"
+
+
+def _failures(
+    kind: str, aim: float, held_out: Held, tuning: Measured, unseen: Measured, choice: Tensor
+) -> str:
+    """What the target is worth on unseen prompts, and the heads that fell furthest there."""
+    if kind == "speedup":
+        lines = ["", "Speed was timed on the first prompt that was tuned on, and on no other."]
+    else:
+        got = held_out.recall if kind == "recall" else held_out.kl
+        short = (aim - got if kind == "recall" else got - aim) / aim
+        what = "met" if short <= 0 else f"missed by {short:.2%} of it"
+        lines = ["", f"Held out, the target is {what}: {kind} {got:.4f}, wanted {aim:g}."]
+    before, after = tuning.heads(choice)[1], unseen.heads(choice)[1]
+    fall = before - after
+    lines += ["", "Heads whose recall fell most where held out:", ""]
+    lines += ["| layer | head | method | tuned on | held out |", "|---:|---:|---|---:|---:|"]
+    for place in fall.flatten().argsort(descending=True)[:_WORST].tolist():
+        layer, head = divmod(place, fall.shape[1])
+        one = tuning.candidates[int(choice[layer, head])]
+        recalls = f"{before[layer, head]:.4f} | {after[layer, head]:.4f}"
+        lines.append(f"| {tuning.layers[layer]} | {head} | {one.name} | {recalls} |")
     return "\n".join(lines) + "\n"

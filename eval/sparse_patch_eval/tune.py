@@ -76,9 +76,14 @@ class Measured:
             best = torch.where(better[:, None], torch.tensor(mine)[index], best)
         return best
 
+    def heads(self, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """Density and recall `[layers, heads]` of a choice `[layers, heads]`."""
+        density, recall = (x.gather(0, choice[None])[0] for x in (self.density, self.recall))
+        return density, recall
+
     def of(self, choice: Tensor) -> tuple[float, float]:
         """Mean density and recall of a choice `[layers, heads]`."""
-        density, recall = (x.gather(0, choice[None]) for x in (self.density, self.recall))
+        density, recall = self.heads(choice)
         return float(density.mean()), float(recall.mean())
 
     def single(self, name: str, recall: float) -> float | None:
