@@ -170,12 +170,14 @@ def measure_layer(
     density = torch.ones(len(some), heads, dtype=torch.float64)
     recall = torch.ones(len(some), heads, dtype=torch.float64)
     truth: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    plans = {i: plan_of(one.method, layer, attention) for i, one in enumerate(some)}
-    sparse = {i: plan for i, plan in plans.items() if plan is not None}
-    if sparse:
-        common_form(list(sparse.values()))
-    for i, plan in sparse.items():
+    of_form: dict[tuple[int, int], BlockPlan] = {}
+    for i, one in enumerate(some):
+        plan = plan_of(one.method, layer, attention)
+        if plan is None:
+            continue
+        common_form([*of_form.values(), plan])
         form = plan.block_q, plan.runs[0].width
+        of_form.setdefault(form, plan)
         if form not in truth:
             truth[form] = block_mass(attention, *form, rows=rows)
         mass, blocks = truth[form]

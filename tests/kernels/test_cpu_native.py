@@ -117,6 +117,13 @@ def test_builds_for_older_cpus_are_right_too(fresh, monkeypatch, cpu):
 
 
 @needs_compiler
+def test_nothing_is_read_that_was_not_written(fresh, monkeypatch):
+    monkeypatch.setattr(cpu_native, "_FLAGS", (*cpu_native._FLAGS, "-DPOISON"))
+    check_all_variants()
+    check_sliced()
+
+
+@needs_compiler
 def test_it_is_compiled_once(fresh, monkeypatch):
     want = attend()
     (library,) = fresh.iterdir()

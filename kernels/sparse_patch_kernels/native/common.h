@@ -232,6 +232,9 @@ struct Aligned {
 #endif
     at = static_cast<T*>(memory);
     if (zeros) std::memset(memory, 0, n * sizeof(T));
+#ifdef POISON  // of tests: NaN where something is read that nothing wrote
+    if (!zeros) std::memset(memory, 0xff, n * sizeof(T));
+#endif
   }
   ~Aligned() { std::free(at); }
   Aligned(const Aligned&) = delete;
