@@ -7,6 +7,7 @@
 Stages run one after the other, each in processes of its own and with a time of its own:
 
     parity      the op against the reference, estimators and plans against plain functions
+    methods     every method: its plans against the CPU's, patched into every family of the tests
     op          the op's speed against FlashAttention and FlexAttention
     selection   the cost of estimators and of whole plans
     prefill     time-to-first-token of a model shaped like Llama 3.1 8B
@@ -28,7 +29,7 @@ from pathlib import Path
 from gpu_checks import preflight
 
 # Stages, and their shares of the time; what one leaves is for those after it.
-STAGES = {"parity": 0.28, "op": 0.24, "selection": 0.16, "prefill": 0.32}
+STAGES = {"parity": 0.26, "methods": 0.2, "op": 0.18, "selection": 0.12, "prefill": 0.24}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,10 +16,8 @@ from sparse_patch.attention import STATE, attention_function
 from sparse_patch.decoding import DecodeStep
 from sparse_patch.methods import hip
 from sparse_patch.registry import Method
-from tests.test_matrix import SPARSE_LAYERS
-from tests.zoo import FAMILIES, tiny_model
+from tests.zoo import FAMILIES, LAYERS, SPARSE_LAYERS, tiny_model
 
-LAYERS = 4
 ANY = {"min_length": 0, "min_queries": 0}
 HIP = {"mask_k": 32, "block_q": 16, "block_k": 4, "sink": 4, "window": 16, "dense_layers": 0, **ANY}
 STAGES = {

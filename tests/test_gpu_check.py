@@ -16,18 +16,30 @@ import torch
 pytest.importorskip("triton", reason="the triton package is not installed")
 
 import gpu_check
-from gpu_checks import estimators, inputs, op_speed, parity, preflight, process, report
+from gpu_checks import (
+    estimators,
+    inputs,
+    methods,
+    op_speed,
+    parity,
+    preflight,
+    process,
+    report,
+)
 from gpu_checks.device import Device
 from gpu_checks.scale import FULL, TOY
 from gpu_checks.stage import DeviceLost, Stage
 from sparse_patch_eval.rows import read_rows
 from sparse_patch_kernels import block_sparse_attention, dispatch
 
+import sparse_patch
 from tests.kernels.interpreted import require_interpreter
+from tests.methods import examples
 
 ROOT = Path(__file__).parents[1]
 TARGETS = (
     "every kernel as the reference",
+    "every method as on the CPU",
     "op within 1.15x of density x dense FlashAttention",
     "every estimator under 8 % of dense attention",
     "prefill with proxyattn above 2.4x of dense",
@@ -62,6 +74,8 @@ def test_a_dry_run_does_every_item_of_every_stage(dry_run):
     lengths, prefills, methods = len(TOY.lengths), len(TOY.prefills), len(TOY.methods)
     expected = {
         ("parity", "plan"): methods,
+        ("methods", "method"): len(TOY.compared) * 2 * 2 * len(TOY.method_lengths),
+        ("methods", "family"): len(TOY.families),
         ("op", "op"): lengths * len(TOY.densities),
         ("op", "configuration"): 1,
         ("selection", "estimator_time"): lengths * len(dispatch.KERNELS),
@@ -96,7 +110,7 @@ def test_a_dry_run_reports_every_target_as_measured(dry_run):
     for name, start in zip(names, TARGETS, strict=True):
         assert name.startswith(start)
     assert report.UNKNOWN not in [target["verdict"] for target in results["targets"]]
-    assert results["targets"][0]["verdict"] == report.PASS
+    assert [target["verdict"] for target in results["targets"][:2]] == [report.PASS] * 2
     # No table is empty.
     assert "|\n\n" in text
     assert not [
@@ -209,6 +223,48 @@ def test_an_op_that_is_wrong_fails(stage, monkeypatch, wrong):
     (row,), failures = rows_of(stage, lambda: parity._compare(stage, case, torch.float32, [0]))
     assert row["ok"] is (wrong is None)
     assert [failure["what"] for failure in failures] == ["blocks"] * (wrong is not None)
+
+
+STRIDED = {"block_size": 16, "gamma": 0.6, "stride": 4}
+
+
+def verdicts_of_plans(stage):
+    require_interpreter("forward")
+    return [row["ok"] for row in methods._compare_plans(stage, "strided", "short blocks", STRIDED)]
+
+
+def test_a_method_s_plans_are_compared(stage):
+    assert verdicts_of_plans(stage) == [True] * 4
+
+
+def test_an_op_that_is_wrong_on_a_method_s_plan_fails(stage, monkeypatch):
+    def wrong(*tensors, **more):
+        return block_sparse_attention(*tensors, **more) + 0.01
+
+    monkeypatch.setattr(methods, "block_sparse_attention", wrong)
+    assert verdicts_of_plans(stage) == [False] * 4
+
+
+def test_a_plan_that_is_not_the_cpu_s_fails(stage, monkeypatch):
+    kind, calls = type(sparse_patch.get_method("strided")), []
+
+    def plan(self, q, k, right=kind.plan, **more):
+        calls.append(k)
+        return right(self, q, k if len(calls) % 2 else -k, **more)
+
+    monkeypatch.setattr(kind, "plan", plan)
+    assert verdicts_of_plans(stage) == [False] * 4
+
+
+def test_a_method_that_is_wrong_in_a_model_is_named(stage, monkeypatch):
+    require_interpreter("forward")
+    row = methods._compare_models(stage, "llama", ["strided", "dense"])
+    assert row["ok"]
+    assert row["methods"] == 2
+    monkeypatch.setitem(examples.KEEP_ALL, "strided", STRIDED)
+    row = methods._compare_models(stage, "llama", ["strided", "dense"])
+    assert row["wrong"] == ["strided"]
+    assert not row["ok"]
 
 
 def test_the_op_s_samples_tell_a_wrong_key():
@@ -360,6 +416,7 @@ def good_rows():
         {**cost, "tokens": 8192, "of_dense": 0.3},
         {**prefill, "method": "proxyattn", "speed_up_over_flash": 2.5},
         {**prefill, "method": "pbs", "speed_up_over_flash": 2.8},
+        {"stage": "methods 2/2", "kind": "family", "what": "llama", "ok": True},
     ]
 
 
@@ -368,8 +425,8 @@ def verdicts(rows):
 
 
 def test_targets_that_are_reached_pass_and_others_are_not_measured():
-    assert verdicts(good_rows()) == [report.PASS] * 5
-    assert verdicts([]) == [report.UNKNOWN] * 5
+    assert verdicts(good_rows()) == [report.PASS] * 6
+    assert verdicts([]) == [report.UNKNOWN] * 6
 
 
 @pytest.mark.parametrize(
@@ -377,30 +434,33 @@ def test_targets_that_are_reached_pass_and_others_are_not_measured():
     [
         (0, {"ok": False}, 0),
         (0, {"kind": "error", "error": "it died"}, 0),
-        (1, {"of_ideal": 1.16}, 1),
-        (2, {"of_ideal": 1.16}, 1),
-        (4, {"of_dense": 0.08}, 2),
-        (6, {"speed_up_over_flash": 2.4}, 3),
-        (7, {"speed_up_over_flash": 2.7}, 4),
+        (1, {"of_ideal": 1.16}, 2),
+        (2, {"of_ideal": 1.16}, 2),
+        (4, {"of_dense": 0.08}, 3),
+        (6, {"speed_up_over_flash": 2.4}, 4),
+        (7, {"speed_up_over_flash": 2.7}, 5),
+        (8, {"ok": False}, 1),
+        (8, {"kind": "error", "error": "it died"}, 1),
     ],
 )
 def test_a_missed_target_is_marked_as_missed(dry_run, row, changes, missed):
     rows = good_rows()
     rows.append({**rows[row], **changes})
     if "speed_up_over_flash" in changes:  # the best of several lengths counts
-        assert verdicts(rows) == [report.PASS] * 5
+        assert verdicts(rows) == [report.PASS] * 6
         rows[row] = rows.pop()
     targets = report.targets(rows, FULL)
-    expected = [report.MISS if i == missed else report.PASS for i in range(5)]
+    expected = [report.MISS if i == missed else report.PASS for i in range(6)]
     assert [target.verdict for target in targets] == expected
     text = report.markdown({**dry_run[0], "targets": [asdict(target) for target in targets]})
     for target in targets:
         assert f"| {target.name} | {target.verdict} |" in text
 
 
-def test_a_comparison_that_did_not_run_is_no_pass():
-    skipped = {"stage": "parity 2/2", "kind": "skipped", "item": "blocks", "reason": "no time"}
-    assert verdicts([*good_rows(), skipped])[0] == report.MISS
+@pytest.mark.parametrize(("target", "stage"), list(enumerate(["parity 2/2", "methods"])))
+def test_a_comparison_that_did_not_run_is_no_pass(target, stage):
+    skipped = {"stage": stage, "kind": "skipped", "item": "blocks", "reason": "no time"}
+    assert verdicts([*good_rows(), skipped])[target] == report.MISS
 
 
 def said_to_be_missing(capsys, *arguments):

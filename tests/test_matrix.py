@@ -8,18 +8,7 @@ import pytest
 import torch
 
 import sparse_patch
-from tests.zoo import FAMILIES, tiny_model
-
-LENGTH, PADS = 40, 13
-# Layers that slide or are chunked run exact.
-SPARSE_LAYERS = {
-    "mistral_swa": 0,
-    "gemma2": 2,
-    "gpt_oss": 2,
-    "gemma3": 2,
-    "cohere2": 2,
-    "llama4_text": 2,
-}
+from tests.zoo import FAMILIES, LAYERS, PADS, SPARSE_LAYERS, batch, logits, tiny_model
 
 
 @pytest.fixture(params=FAMILIES)
@@ -36,20 +25,6 @@ def patch(model, **options):
     return sparse_patch.patch(model, "dense", block_size=16, min_length=0, min_queries=0, **options)
 
 
-def batch(length=LENGTH):
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(6, 128, (2, length), generator=generator)
-    mask = torch.ones_like(ids)
-    ids[0, :PADS], mask[0, :PADS] = 0, 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-
-
-@torch.no_grad()
-def logits(model, **inputs):
-    return model(**inputs).logits
-
-
 def test_logits_equal_eager(model, family):
     inputs = batch()
     want = logits(model, **inputs)
@@ -59,9 +34,9 @@ def test_logits_equal_eager(model, family):
     assert (got - want)[real].abs().max() <= 5e-6
     report = handle.report()
     sparse = [layer for layer in report.layers if layer.sparse_calls]
-    assert len(sparse) == SPARSE_LAYERS.get(family, 4)
+    assert len(sparse) == SPARSE_LAYERS.get(family, LAYERS)
     assert all(layer.sparse_calls == 2 and not layer.exact for layer in sparse)
-    assert report.calls == 2 * 4
+    assert report.calls == 2 * LAYERS
 
 
 def test_a_padded_row_equals_the_row_alone(model):
@@ -135,4 +110,4 @@ def test_second_turn_equals_eager(model, family):
         got = two_turns(model)
     assert (got - want).abs().max() <= 5e-6
     sparse = [layer for layer in handle.report().layers if layer.sparse_calls == 4]
-    assert len(sparse) == SPARSE_LAYERS.get(family, 4)
+    assert len(sparse) == SPARSE_LAYERS.get(family, LAYERS)

@@ -10,8 +10,7 @@ import torch
 
 import sparse_patch
 from tests.methods.examples import KEEP_ALL, SPARSE
-from tests.test_matrix import PADS, SPARSE_LAYERS, batch, logits
-from tests.zoo import FAMILIES, tiny_model
+from tests.zoo import FAMILIES, LAYERS, PADS, SPARSE_LAYERS, batch, logits, tiny_model
 
 LENGTH = 150
 
@@ -58,7 +57,7 @@ def test_a_padded_row_chooses_as_the_row_alone(family, name):
     assert bool(torch.isfinite(padded).all())
     assert (padded - alone).abs().max() <= 1e-5
     sparse = [layer for layer in report.layers if layer.sparse_calls]
-    assert len(sparse) == SPARSE_LAYERS.get(family, 4)
+    assert len(sparse) == SPARSE_LAYERS.get(family, LAYERS)
     if sparse and name != "dense":
         assert report.density < 1
         different = (padded - eager(family)[0, PADS:]).abs().max()

@@ -13,17 +13,30 @@ padding and 2 would be the end of the text, but generation never stops early.
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import transformers as tf
 from transformers import PreTrainedModel
 
 Builder = Callable[[], PreTrainedModel]
 
+LAYERS = 4
+SPARSE_LAYERS = {
+    "mistral_swa": 0,
+    "gemma2": 2,
+    "gpt_oss": 2,
+    "gemma3": 2,
+    "cohere2": 2,
+    "llama4_text": 2,
+}
+"""Of the families in which some layers slide or are chunked, which run exact."""
+
 WINDOW = 8
 """Keys a sliding layer sees."""
 CHUNK = 16
 """Keys in one chunk of a chunked layer."""
+
+PADS = 13
+"""Left of the first row of a `batch`."""
 
 _SLIDING_THEN_FULL = ["sliding_attention", "full_attention"] * 2
 
@@ -31,7 +44,7 @@ _COMMON = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -75,6 +88,8 @@ def _family(
 
     def build() -> PreTrainedModel:
         if not hasattr(tf, prefix + config):
+            import pytest  # what is not a test uses the tables as well
+
             pytest.skip(f"Transformers {tf.__version__} has no {prefix + config}")
         settings = getattr(tf, prefix + config)(**{**_COMMON, **options})
         return getattr(tf, prefix + model)(settings)
@@ -225,3 +240,19 @@ def tiny_model(name: str, attn_implementation: str = "eager") -> PreTrainedModel
         model.set_attn_implementation(attn_implementation)
     model.generation_config.eos_token_id = None
     return model
+
+
+def batch(length: int = 40) -> dict[str, torch.Tensor]:
+    """Inputs of a forward of two rows, `[2, length]` each; the first is short by `PADS`."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(6, 128, (2, length), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[0, :PADS], mask[0, :PADS] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """float32 `[batch, seq, vocabulary]`"""
+    return model(**inputs).logits

@@ -24,6 +24,7 @@ from gpu_checks import report
 from gpu_checks.device import Device
 from gpu_checks.process import Process, watch
 from gpu_checks.scale import FULL, TOY
+from gpu_checks.stage import COMPARING
 
 # A process that has not stopped by itself so long after its deadline is stopped.
 GRACE_SECONDS = 30.0
@@ -83,10 +84,10 @@ def check(options: argparse.Namespace, shares: Mapping[str, float]) -> int:
 def _run(
     options: argparse.Namespace, stage: str, rows: Path, deadline: float, scratch: Path
 ) -> None:
-    """One stage, in one process; parity in several, since most of its time is the compiler's."""
+    """One stage, in one process; in several if it times nothing, as it mostly compiles then."""
     parts = 1
-    if stage == "parity":
-        most = (TOY if options.dry_run else FULL).parity_processes
+    if stage in COMPARING:
+        most = (TOY if options.dry_run else FULL).processes
         parts = max(1, min(most, (os.cpu_count() or 1) - 1))
     command = [sys.executable, str(Path(__file__).parents[1] / "gpu_check.py"), "--stage", stage]
     command += ["--rows", str(rows), "--deadline", str(deadline)]

@@ -82,6 +82,20 @@ def allowed(size: Tensor, dtype: torch.dtype) -> Tensor:
     return low * size + FLOAT32 * (size + size.max())
 
 
+def allowed_of_means(q: Tensor, k: Tensor, size: Tensor, scale: float) -> tuple[float, Tensor]:
+    """What more than `allowed` there may be where a plan pools.
+
+    Means of keys and values are rounded too, which moves logits.
+
+    Returns:
+        By how much logits move at most, and what that allows each output.
+    """
+    group = q.shape[0] // k.shape[0]
+    largest = (q.abs().float() @ k.abs().float().repeat_interleave(group, 0).mT).max()
+    moved = rounding(q.dtype) * scale * float(largest)
+    return moved, (math.expm1(2 * moved) + rounding(q.dtype)) * size
+
+
 def sampled_error(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, out: Tensor
 ) -> tuple[float, float]:

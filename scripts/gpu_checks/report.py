@@ -34,11 +34,17 @@ def failures(rows: list[Row]) -> list[Row]:
     return found + [{**row, "error": "the process died or was stopped in this"} for row in lost]
 
 
+def _of_stage(rows: Iterable[Row], stage: str) -> list[Row]:
+    return [row for row in rows if row["stage"].split()[0] == stage]
+
+
 def targets(rows: list[Row], scale: Scale) -> list[Target]:
-    """The targets of issue 5: for an H100, bfloat16, head_dim 128."""
+    """What must hold, and the speeds of issue 5: for an H100, bfloat16, head_dim 128."""
     compared = of_kind(rows, "parity", "estimator", "plan")
-    wrong = [row for row in failures(rows) if row["stage"].startswith("parity")]
-    skipped = [row for row in of_kind(rows, "skipped") if row["stage"].startswith("parity")]
+    found, left_out = failures(rows), of_kind(rows, "skipped")
+    wrong, skipped = _of_stage(found, "parity"), _of_stage(left_out, "parity")
+    methods = of_kind(rows, "method", "family")
+    wrong_methods, no_methods = _of_stage(found, "methods"), _of_stage(left_out, "methods")
     op = [row for row in of_kind(rows, "op") if row["tokens"] >= scale.target]
     cost = [row for row in of_kind(rows, "estimator_time") if row["tokens"] == scale.target]
     long = [row for row in of_kind(rows, "prefill") if row["tokens"] >= scale.prefill_target]
@@ -50,6 +56,15 @@ def targets(rows: list[Row], scale: Scale) -> list[Target]:
             lambda: (
                 f"{sum(row['ok'] for row in compared)} of {len(compared)} comparisons, "
                 f"{len(wrong)} failures, {len(skipped)} not run"
+            ),
+        ),
+        _target(
+            "every method as on the CPU, in every family as eager attention",
+            methods,
+            lambda: not wrong_methods and not no_methods,
+            lambda: (
+                f"{sum(row['ok'] for row in methods)} of {len(methods)} comparisons, "
+                f"{len(wrong_methods)} failures, {len(no_methods)} not run"
             ),
         ),
         _target(
@@ -116,6 +131,7 @@ def markdown(results: dict[str, Any]) -> str:
         "Stated for an H100 in bfloat16 at head_dim 128.",
         *_failures(results["failures"]),
         *_parity(rows),
+        *_methods(rows),
         *_op(rows),
         *_selection(rows),
         *_prefill(rows),
@@ -197,6 +213,64 @@ def _errors(row: Row) -> str:
     ratio = "" if plain is None else f", {plain:.2f}x"
     text = f"({row['of_allowed']:.2g}{ratio})"
     return ("" if error is None else f"{error:.1e} ") + text + ("" if row["ok"] else " **wrong**")
+
+
+def _methods(rows: list[Row]) -> list[str]:
+    found, table = of_kind(rows, "method"), []
+    for key in dict.fromkeys((row["what"], row["parameters"]) for row in found):
+        mine = [row for row in found if (row["what"], row["parameters"]) == key]
+        sparse = [row for row in mine if not row.get("exact")]
+        line = {"method": key[0], "parameters": key[1], "compared": len(mine)}
+        if sparse:
+            least, most = (pick(row["density"] for row in sparse) for pick in (min, max))
+            line |= {
+                "density": f"{least:.2f}-{most:.2f}",
+                "agreement": f"{min(row['agreement'] for row in sparse):.4f}",
+                "of_allowed": f"{max(row['of_allowed'] for row in sparse):.2f}",
+            }
+        line["exact"] = len(mine) - len(sparse)
+        line["wrong"] = "" if all(row["ok"] for row in mine) else "**wrong**"
+        table.append(line)
+    families = [
+        {
+            **row,
+            "keeps_all": f"{row['keeps_all']:.1e}",
+            "padded": f"{row['padded']:.1e}",
+            "wrong": ", ".join(f"**{name}**" for name in row["wrong"]),
+        }
+        for row in of_kind(rows, "family")
+    ]
+    return [
+        "## Methods",
+        "Plans on this device against the same method's on the CPU, as the share of (row, key) "
+        "pairs that both keep or drop, and the op on them (with steps of decode, where a method "
+        "has its own); at lengths where a method wants exact attention, that it does on both.",
+        _table(
+            table,
+            {
+                "method": "method",
+                "parameters": "parameters",
+                "compared": "compared",
+                "density": "density",
+                "agreement": "agreement",
+                "error, of allowed": "of_allowed",
+                "exact": "exact",
+                "": "wrong",
+            },
+        ),
+        "Patched into tiny models: how far logits, of magnitude 1, are from eager attention's if "
+        "all is kept, and those of a padded row from that row's alone if not.",
+        _table(
+            families,
+            {
+                "family": "what",
+                "methods": "methods",
+                "keeps everything": "keeps_all",
+                "padded row": "padded",
+                "wrong": "wrong",
+            },
+        ),
+    ]
 
 
 def _op(rows: list[Row]) -> list[str]:

@@ -19,6 +19,9 @@ class Scale:
         thinned: of the cases and calls, every so many in the dtypes after the first.
         heads, kv_heads, dim, block: of what is timed.
         tokens: length of what is compared.
+        method_lengths: of plans of every method, queries and keys.
+        model_tokens: of the batch that every family is given.
+        compared, families: methods and families that are; default: all that the tests have.
         dims: head dimensions compared beside `dim`, of keys and of values.
         lengths: of the op and of selection, the most important first; kernels are tuned at the
             first.
@@ -28,7 +31,7 @@ class Scale:
         layers, hidden, intermediate, vocabulary: of the model.
         prefills: its prompt lengths, the most important first.
         target, prefill_target: lengths from which on the targets hold.
-        parity_processes: how many compare at a time.
+        processes: how many compare at a time.
     """
 
     on_gpu: bool
@@ -40,6 +43,8 @@ class Scale:
     dim: int
     block: int
     tokens: int
+    method_lengths: tuple[tuple[int, int], ...]
+    model_tokens: int
     dims: tuple[tuple[int, int], ...]
     lengths: tuple[int, ...]
     densities: tuple[float, ...]
@@ -51,8 +56,10 @@ class Scale:
     prefills: tuple[int, ...]
     target: int
     prefill_target: int
-    parity_processes: int
+    processes: int
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compared: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
 
 
 # Shapes of Llama 3.1 8B, of 8 layers instead of 32: all layers cost the same.
@@ -66,6 +73,8 @@ FULL = Scale(
     dim=128,
     block=128,
     tokens=1024,
+    method_lengths=((1500, 1500), (300, 1477)),
+    model_tokens=150,
     dims=((64, 64), (80, 80), (96, 96), (192, 192), (256, 256), (192, 128), (64, 24)),
     lengths=(32768, 131072, 8192, 65536, 16384),
     densities=(0.05, 0.1, 0.25, 0.5),
@@ -77,7 +86,7 @@ FULL = Scale(
     prefills=(32768, 131072, 65536, 262144),
     target=32768,
     prefill_target=131072,
-    parity_processes=12,
+    processes=12,
     methods={"flexprefill": {}, "proxyattn": {}, "pbs": {}, "hip": {}, "xattention": {}},
 )
 
@@ -92,6 +101,10 @@ TOY = Scale(
     dim=16,
     block=16,
     tokens=32,
+    method_lengths=((110, 110), (33, 97)),
+    model_tokens=100,
+    compared=("strided", "hip"),
+    families=("gemma3",),
     dims=((80, 80), (24, 16)),
     lengths=(48, 32),
     densities=(0.25, 0.5),
@@ -103,7 +116,7 @@ TOY = Scale(
     prefills=(48, 32),
     target=48,
     prefill_target=48,
-    parity_processes=1,
+    processes=1,
     methods={
         "flexprefill": {"block_size": 16, "min_budget": 16, "gamma": 0.3},
         "proxyattn": {"block_size": 16, "min_budget": 16, "stride_q": 4, "gamma": 0.5},

@@ -20,6 +20,9 @@ from gpu_checks.scale import Scale
 # process ends, and another goes on after it.
 SHORTEST, LONGEST = 5.0, 75.0
 
+# Stages that time nothing: they may run in several processes.
+COMPARING = ("parity", "methods")
+
 Work = Callable[[], Iterable[Row]]
 
 

@@ -11,7 +11,7 @@ from sparse_patch_kernels import dispatch
 from gpu_checks.device import Device
 from gpu_checks.process import LOST
 from gpu_checks.scale import FULL, TOY
-from gpu_checks.stage import DeviceLost, Stage, Work
+from gpu_checks.stage import COMPARING, DeviceLost, Stage, Work
 
 
 def work(options: argparse.Namespace) -> int:
@@ -32,7 +32,7 @@ def work(options: argparse.Namespace) -> int:
     except DeviceLost as error:
         print(error, file=sys.stderr)
         return LOST
-    if options.stage != "parity":  # which forces configurations
+    if options.stage not in COMPARING:  # those force configurations
         for shape, config in chosen.items():
             stage.add("chosen", kernel=shape.kernel, values=shape.values, config=str(config))
     return 0
@@ -41,12 +41,13 @@ def work(options: argparse.Namespace) -> int:
 def _items(name: str, stage: Stage) -> list[tuple[str, Work]]:
     """The items of a stage, the most important first. Each imports no more than it needs."""
     listed: list[tuple[str, Work]]
+    parity = importlib.import_module("gpu_checks.parity")
+    if name in COMPARING:
+        parity.poison()
     if name != "parity":
         module = {"op": "op_speed"}.get(name, name)
         listed = importlib.import_module(f"gpu_checks.{module}").items(stage)
         return listed
-    parity = importlib.import_module("gpu_checks.parity")
-    parity.poison()
     listed = parity.items(stage)
     first = len(parity.cases(stage.scale))  # so many are of the most important dtype
     estimators = importlib.import_module("gpu_checks.estimators").items(stage)
