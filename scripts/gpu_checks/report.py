@@ -231,15 +231,13 @@ def _methods(rows: list[Row]) -> list[str]:
         line["exact"] = len(mine) - len(sparse)
         line["wrong"] = "" if all(row["ok"] for row in mine) else "**wrong**"
         table.append(line)
-    families = [
-        {
-            **row,
-            "keeps_all": f"{row['keeps_all']:.1e}",
-            "padded": f"{row['padded']:.1e}",
-            "wrong": ", ".join(f"**{name}**" for name in row["wrong"]),
-        }
-        for row in of_kind(rows, "family")
-    ]
+    patched, families = of_kind(rows, "family"), []
+    for family in dict.fromkeys(row["what"] for row in patched):
+        mine = [row for row in patched if row["what"] == family]
+        line = {"family": family, "methods": sum(row["methods"] for row in mine)}
+        line |= {kind: f"{max(row[kind] for row in mine):.1e}" for kind in ("keeps_all", "padded")}
+        line["wrong"] = ", ".join(f"**{name}**" for row in mine for name in row["wrong"])
+        families.append(line)
     return [
         "## Methods",
         "Plans on this device against the same method's on the CPU, as the share of (row, key) "
@@ -263,7 +261,7 @@ def _methods(rows: list[Row]) -> list[str]:
         _table(
             families,
             {
-                "family": "what",
+                "family": "family",
                 "methods": "methods",
                 "keeps everything": "keeps_all",
                 "padded row": "padded",

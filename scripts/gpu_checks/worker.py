@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 
+import torch
 from sparse_patch_kernels import dispatch
 
 from gpu_checks.device import Device
@@ -18,6 +19,8 @@ def work(options: argparse.Namespace) -> int:
     """Do part i of n, `--part i/n`: every n-th item of the stage, from i on. The exit code."""
     part, parts = map(int, options.part.split("/"))
     scale = TOY if options.dry_run else FULL
+    if parts > 1:  # side by side, they leave the cores to one another
+        torch.set_num_threads(1)
     name = options.stage if parts == 1 else f"{options.stage} {part + 1}/{parts}"
     stage = Stage(
         name, options.rows, options.deadline, Device(scale.on_gpu), scale, quiet=parts > 1
