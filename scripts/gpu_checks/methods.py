@@ -20,8 +20,8 @@ from gpu_checks.stage import Stage, Work
 HEADS, KV_HEADS = 4, 2
 # A layer in which no method is exact because it is one of the first.
 LAYER = 3
-# Of (row, key) pairs: scores that differ by rounding may rank otherwise.
-AGREEMENT = 0.98
+# Of what either plan keeps: scores that differ by rounding may rank otherwise.
+AGREEMENT = 0.95
 DECODE_STEPS = 4
 # Logits are of magnitude 1, in float32; as the tests have it.
 LOGITS = 1e-5
@@ -133,10 +133,10 @@ def _decoded(method: Any, q: Tensor, k: Tensor, v: Tensor) -> list[float]:
 
 
 def _agreement(plan: BlockPlan, own: BlockPlan) -> float:
-    """Share of (row, key) pairs that both plans keep or both drop."""
+    """Of the (row, key) pairs that either plan keeps, the share that both keep."""
     masks = (one.to_dense_mask(one.q_len, one.kv_len).cpu() for one in (plan, own))
     mine, theirs = (mask.expand(HEADS, -1, -1) for mask in masks)
-    return float((mine == theirs).double().mean())
+    return float((mine & theirs).sum() / (mine | theirs).sum())
 
 
 # --- models --------------------------------------------------------------------------------------

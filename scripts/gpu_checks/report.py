@@ -240,9 +240,9 @@ def _methods(rows: list[Row]) -> list[str]:
         families.append(line)
     return [
         "## Methods",
-        "Plans on this device against the same method's on the CPU, as the share of (row, key) "
-        "pairs that both keep or drop, and the op on them (with steps of decode, where a method "
-        "has its own); at lengths where a method wants exact attention, that it does on both.",
+        "Plans on this device against the same method's on the CPU, as the share that both keep of "
+        "the (row, key) pairs that either keeps, and the op on them (with steps of decode, where "
+        "a method has its own); where a method wants exact attention, that it does on both.",
         _table(
             table,
             {
