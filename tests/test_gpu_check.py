@@ -33,6 +33,7 @@ from sparse_patch_eval.rows import read_rows
 from sparse_patch_kernels import block_sparse_attention, dispatch
 
 import sparse_patch
+from tests import zoo
 from tests.kernels.interpreted import require_interpreter
 from tests.methods import examples
 
@@ -265,6 +266,14 @@ def test_a_method_that_is_wrong_in_a_model_is_named(stage, monkeypatch):
     row = methods._compare_models(stage, "llama", ["strided", "dense"])
     assert row["wrong"] == ["strided"]
     assert not row["ok"]
+
+
+def test_a_family_that_transformers_lacks_is_skipped(stage, monkeypatch):
+    monkeypatch.setitem(zoo.FAMILIES, "later", zoo._family("MuchLater"))
+    stage.run("models", methods._patched(stage, "later", ["dense"]))
+    rows = read_rows(stage._path)
+    assert [row["kind"] for row in rows] == ["begin", "skipped", "end"]
+    assert "MuchLaterConfig" in rows[1]["reason"]
 
 
 def test_the_op_s_samples_tell_a_wrong_key():

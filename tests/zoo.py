@@ -81,6 +81,10 @@ _MLA_MOE = {
 }
 
 
+class NoSuchFamily(LookupError):
+    """The Transformers that is installed is too old for a family."""
+
+
 def _family(
     prefix: str, model: str = "ForCausalLM", config: str = "Config", **options: Any
 ) -> Builder:
@@ -88,9 +92,7 @@ def _family(
 
     def build() -> PreTrainedModel:
         if not hasattr(tf, prefix + config):
-            import pytest  # what is not a test uses the tables as well
-
-            pytest.skip(f"Transformers {tf.__version__} has no {prefix + config}")
+            raise NoSuchFamily(f"Transformers {tf.__version__} has no {prefix + config}")
         settings = getattr(tf, prefix + config)(**{**_COMMON, **options})
         return getattr(tf, prefix + model)(settings)
 
@@ -233,6 +235,16 @@ def tiny_model(name: str, attn_implementation: str = "eager") -> PreTrainedModel
 
     Seeds the global generator of torch.
     """
+    try:
+        return build(name, attn_implementation)
+    except NoSuchFamily as reason:
+        import pytest  # what is not a test calls `build`
+
+        pytest.skip(str(reason))
+
+
+def build(name: str, attn_implementation: str = "eager") -> PreTrainedModel:
+    """As `tiny_model`, but raises NoSuchFamily where that skips the test."""
     torch.manual_seed(0)
     model = (FAMILIES | EXTRA_FAMILIES)[name]().eval()
     _sharpen(model)

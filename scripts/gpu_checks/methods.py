@@ -15,7 +15,7 @@ from torch import Tensor
 import sparse_patch
 from gpu_checks import inputs
 from gpu_checks.parity import name_of
-from gpu_checks.stage import Stage, Work
+from gpu_checks.stage import Lacking, Stage, Work
 
 HEADS, KV_HEADS = 4, 2
 # A layer in which no method is exact because it is one of the first.
@@ -150,7 +150,10 @@ def _compare_models(stage: Stage, family: str, names: Iterable[str]) -> Row:
     """
     launch = importlib.import_module("sparse_patch_kernels.triton.launch")
     examples, zoo = (importlib.import_module(f"tests.{x}") for x in ("methods.examples", "zoo"))
-    model = zoo.tiny_model(family).to(stage.device.torch)
+    try:
+        model = zoo.build(family).to(stage.device.torch)
+    except zoo.NoSuchFamily as reason:
+        raise Lacking(str(reason)) from reason
     batch = {
         name: x.to(stage.device.torch) for name, x in zoo.batch(stage.scale.model_tokens).items()
     }

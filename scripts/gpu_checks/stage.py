@@ -30,6 +30,10 @@ class OutOfTime(Exception):
     """What was asked for does not fit the time left."""
 
 
+class Lacking(Exception):
+    """A package here is too old for what was asked for."""
+
+
 class DeviceLost(Exception):
     """After an error in a kernel, no other runs in this process."""
 
@@ -74,8 +78,8 @@ class Stage:
     def run(self, item: str, work: Work) -> None:
         """Do an item and write its rows, each with a "kind".
 
-        An exception becomes a row "error", lack of time or memory a row "skipped"; an item that a
-        process before this one began is not done again.
+        An exception becomes a row "error", lack of time, memory or a package a row "skipped"; an
+        item that a process before this one began is not done again.
 
         Raises:
             DeviceLost: the GPU does not answer any more.
@@ -91,7 +95,7 @@ class Stage:
             for row in work():
                 self.add(item=item, **row)
             said = "done"
-        except (OutOfTime, torch.OutOfMemoryError) as reason:
+        except (OutOfTime, Lacking, torch.OutOfMemoryError) as reason:
             said = f"skipped: {reason}"
             self.add("skipped", item=item, reason=str(reason))
         except Exception as error:

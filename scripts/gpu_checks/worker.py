@@ -44,13 +44,13 @@ def work(options: argparse.Namespace) -> int:
 def _items(name: str, stage: Stage) -> list[tuple[str, Work]]:
     """The items of a stage, the most important first. Each imports no more than it needs."""
     listed: list[tuple[str, Work]]
-    parity = importlib.import_module("gpu_checks.parity")
     if name in COMPARING:
-        parity.poison()
+        importlib.import_module("gpu_checks.parity").poison()
     if name != "parity":
         module = {"op": "op_speed"}.get(name, name)
         listed = importlib.import_module(f"gpu_checks.{module}").items(stage)
         return listed
+    parity = importlib.import_module("gpu_checks.parity")
     listed = parity.items(stage)
     first = len(parity.cases(stage.scale))  # so many are of the most important dtype
     estimators = importlib.import_module("gpu_checks.estimators").items(stage)
