@@ -1,38 +1,63 @@
-"""Whether a decode step goes on from the one before, so that what was chosen then still holds."""
+"""What a method remembers from one decode step to the next, and of which sequence.
+
+A memory belongs to the cache: it hangs on the very tensor of keys that the cache held after the
+step it comes from. Whatever happens to the cache between two steps (beams reordered, cropped, rows
+selected, a step without us) puts another tensor there, and the next step starts afresh; so does
+another sequence that is decoded in turn, or in another thread, and each finds its own again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-
-# Newest keys that must be the same. One would tell sequences apart, but for the first layer, whose
-# keys know their token and place only.
-_TAIL = 16
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
-@dataclass(frozen=True)
-class DecodeStep:
-    """The last decode step of one batch row: the method's memory, and what it was a memory of."""
+@dataclass
+class Step:
+    """A decode step of one layer: memories by batch row, with the number of keys they were made at.
 
-    memory: Any
-    kv_len: int
-    tail: Tensor
+    Attributes:
+        before: what the step before left.
+        after: what this one leaves.
+    """
 
-    @classmethod
-    def of(cls, k: Tensor, memory: Any) -> DecodeStep:
-        return cls(memory, k.shape[1], k[:, -_TAIL:].clone())
+    before: dict[int, tuple[int, Any]] = field(default_factory=dict)
+    after: dict[int, tuple[int, Any]] = field(default_factory=dict)
 
-    def leads_to(self, k: Tensor) -> bool:
-        """Is `k [kv_heads, kv_len, dim]` the same sequence with one key more?
+    def memory(self, row: int, kv_len: int) -> Any:
+        """What is remembered of a row that has grown by a key to `kv_len`; None: nothing."""
+        known, memory = self.before.get(row, (0, None))
+        return memory if known + 1 == kv_len else None
 
-        It is not after beams were reordered, the cache was cropped, or another text came in.
-        """
-        before = k[:, :-1][:, -_TAIL:]
-        return (
-            k.shape[1] == self.kv_len + 1
-            and (before.dtype, before.device) == (self.tail.dtype, self.tail.device)
-            and torch.equal(before, self.tail)
-        )
+
+class Memories:
+    """The memories of one layer, by the keys that a cache holds. A copy starts without."""
+
+    def __init__(self) -> None:
+        self._of_keys: MutableMapping[Tensor, dict[int, tuple[int, Any]]]
+        self._of_keys = WeakTensorKeyDictionary()
+        self._thread = threading.local()
+
+    @property
+    def step(self) -> Step:
+        """The step that this thread is in; outside of one nothing is remembered."""
+        step: Step = getattr(self._thread, "step", None) or Step()
+        return step
+
+    def begin(self, keys: Tensor | None) -> None:
+        """The layer is called, with a cache that holds `keys`; None: none that is known of."""
+        self._thread.step = Step({} if keys is None else self._of_keys.pop(keys, {}))
+
+    def end(self, keys: Tensor | None) -> None:
+        """The layer has run, and the cache holds `keys` now."""
+        if keys is not None and self.step.after:
+            self._of_keys[keys] = self.step.after
+        self._thread.step = None
+
+    def __reduce__(self) -> tuple[type[Memories], tuple[()]]:
+        return Memories, ()

@@ -1,4 +1,4 @@
-"""Exact attention for every call that is not sparse: padding, soft caps, sinks, windows, any mask.
+"""Exact attention for every call that is not sparse: soft caps, sinks, windows, biases, any mask.
 
 Own code rather than Transformers' SDPA wrapper, because that one raises on a soft cap, ignores
 sinks and sliding windows, and aligns queries to the first keys when they are fewer than the keys.
@@ -7,6 +7,7 @@ Differentiable; memory is bounded by working through the query rows in chunks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 # Scores, or mask entries, of one chunk of query rows, in elements.
 _CHUNK_ELEMENTS = 1 << 26
+# Bounds of the query rows that go together where each sees few keys only.
+_LEAST_ROWS, _MOST_ROWS = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -24,29 +27,37 @@ class Exact:
     Attributes:
         scale: factor on the logits; None is 1 / sqrt(head_dim).
         causal: key j is hidden from row i when j > i; the rows are the last of the keys.
-        window: key j is hidden when i - j >= window (sliding window), or None.
         softcap: logits become softcap * tanh(logits / softcap), or None.
-        sinks: `[heads]` extra logits that take part in the softmax and carry no value, or None.
+        sinks: `[heads]`, or `[batch, heads, q_len]`: extra logits that take part in the softmax and
+            carry no value, or None.
         bias: `[batch or 1, heads or 1, q_len, kv_len]` added to the logits, or None.
         dropout: probability of dropping a weight.
     """
 
     scale: float | None = None
     causal: bool = True
-    window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     bias: Tensor | None = None
     dropout: float = 0.0
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
             q: `[batch, heads, q_len, dim]`.
             k, v: `[batch, kv_heads, kv_len, dim]`, `[batch, kv_heads, kv_len, v_dim]`.
             mask: `[batch, heads or 1, q_len, kv_len]`, bool (True: visible) or float (added to the
-                logits); it replaces `causal` and `window`.
+                logits); it replaces `causal`.
+            first: int64 `[q_len]`, on the CPU: the first key that each row sees (of a sliding
+                window, say), from there to itself. Takes time and memory by the keys seen.
 
         Returns:
             `[batch, heads, q_len, v_dim]`; rows that see nothing are 0.
@@ -60,29 +71,39 @@ class Exact:
             raise ValueError(
                 f"causal attention of {q_len} queries over {kv_len} keys: queries are the last rows"
             )
-        windowed = mask is None and self.window is not None and self.window < kv_len
-        if plain and not windowed and (not hidden or q_len == kv_len):
+        if plain and first is None and (not hidden or q_len == kv_len):
             return self._sdpa(q, k, v, mask, is_causal=hidden)
-        step = max(1, _CHUNK_ELEMENTS // (kv_len * (1 if plain else q.shape[0] * q.shape[1])))
         parts = []
-        for start in range(0, q_len, step):
-            rows = slice(start, min(start + step, q_len))
-            seen = mask[:, :, rows] if mask is not None else self._visible(rows, q_len, kv_len, q)
+        for rows in self._chunks(q, kv_len, first, plain):
+            keys, seen = slice(0, kv_len), None
+            if mask is not None:
+                seen = mask[:, :, rows]
+            elif self.causal:
+                keys, seen = _causal(rows, q_len, kv_len, first, q.device)
+            part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
             if plain:
-                parts.append(self._sdpa(q[:, :, rows], k, v, seen))
-            else:
-                bias = None if self.bias is None else self.bias[..., rows, :kv_len]
-                parts.append(self._explicit(q[:, :, rows], k, v, seen, bias))
+                parts.append(self._sdpa(*part, seen))
+                continue
+            bias, sinks = self.bias, self.sinks
+            if bias is not None:
+                bias = bias.expand(-1, -1, q_len, -1)[:, :, rows, keys]
+            if sinks is not None and sinks.ndim > 1:
+                sinks = sinks[:, :, rows]
+            parts.append(self._explicit(*part, seen, bias, sinks))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def _visible(self, rows: slice, q_len: int, kv_len: int, like: Tensor) -> Tensor | None:
-        """bool `[rows, kv_len]` from `causal` and `window`; None when all is visible."""
-        if not self.causal and self.window is None:
-            return None
-        row = torch.arange(rows.start, rows.stop, device=like.device)[:, None] + kv_len - q_len
-        key = torch.arange(kv_len, device=like.device)
-        seen = key <= row if self.causal else torch.ones_like(key <= row)
-        return seen if self.window is None else seen & (row - key < self.window)
+    def _chunks(self, q: Tensor, kv_len: int, first: Tensor | None, plain: bool) -> Iterator[slice]:
+        """Query rows to work through at once, so that memory stays bounded."""
+        q_len, keys, most = q.shape[2], kv_len, q.shape[2]
+        if first is not None:
+            # As many rows as each sees keys: twice the keys of a row are loaded, no more.
+            widest = int((torch.arange(kv_len - q_len, kv_len) - first).max()) + 1
+            most = max(_LEAST_ROWS, min(widest, _MOST_ROWS))
+            keys = min(kv_len, widest + most)
+        fit = _CHUNK_ELEMENTS // (keys * (1 if plain else q.shape[0] * q.shape[1]))
+        step = max(1, min(most, fit))
+        for start in range(0, q_len, step):
+            yield slice(start, min(start + step, q_len))
 
     def _sdpa(
         self,
@@ -93,6 +114,8 @@ class Exact:
         is_causal: bool = False,
     ) -> Tensor:
         group = q.shape[1] // k.shape[1]
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
         # On a GPU, grouped heads with a mask or unequal head sizes drop SDPA to its slow kernel.
         native = q.device.type == "cpu" or (mask is None and k.shape[-1] == v.shape[-1] <= 256)
         if group > 1 and not native:
@@ -109,7 +132,13 @@ class Exact:
         )
 
     def _explicit(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         acc = torch.promote_types(q.dtype, torch.float32)
         batch, heads, rows, dim = q.shape
@@ -125,8 +154,9 @@ class Exact:
             scores = scores.masked_fill(~mask, float("-inf"))
         elif mask is not None:
             scores = scores + mask
-        if self.sinks is not None:
-            sink = self.sinks.to(acc).view(1, -1, 1, 1).expand(batch, heads, rows, 1)
+        if sinks is not None:
+            sinks = sinks.to(acc) if sinks.ndim > 1 else sinks.to(acc)[:, None]
+            sink = sinks.expand(batch, heads, rows)[..., None]
             probs = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
         else:
             blind = scores.detach().amax(-1, keepdim=True) == float("-inf")
@@ -135,3 +165,17 @@ class Exact:
             probs = F.dropout(probs, self.dropout)
         out = probs.reshape(batch, kv_heads, -1, scores.shape[-1]) @ v.to(acc)
         return out.view(batch, heads, rows, -1).to(q.dtype)
+
+
+def _causal(
+    rows: slice, q_len: int, kv_len: int, first: Tensor | None, device: torch.device
+) -> tuple[slice, Tensor]:
+    """The keys that some rows see between them, and bool `[rows, keys]`: who sees which."""
+    end = kv_len - q_len + rows.stop
+    begin = 0 if first is None else int(first[rows].min())
+    row = torch.arange(end - (rows.stop - rows.start), end, device=device)[:, None]
+    key = torch.arange(begin, end, device=device)
+    seen = key <= row
+    if first is not None:
+        seen = seen & (key >= first[rows].to(device)[:, None])
+    return slice(begin, end), seen

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import secrets
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,10 @@ from sparse_patch_kernels import (
 from torch import Tensor, nn
 
 from .budget import Bill, Budget
-from .decoding import DecodeStep
+from .decoding import Memories
 from .diagnostics import recall
 from .registry import Method
+from .sequences import Span
 
 # Reasons for an exact call -> what a user should know, where it is not simply as it should be.
 # The texts are shown once per patch; a reason without one is routine and only counted.
@@ -42,10 +43,11 @@ REASONS: dict[str, str | None] = {
     "training": "the model is in training mode; call model.eval() to run sparse",
     "gradients": "gradients are being recorded; use torch.no_grad() or model.generate",
     "mask": (
-        "an attention mask other than causal plus padding arrived (packed or chunked sequences, a "
-        "static cache, a 4-D mask of your own, or torch.compile with use_cache=False)"
+        "an attention mask other than causal plus padding arrived (image tokens that see one "
+        "another, a static cache, a 4-D mask of your own, or torch.compile with use_cache=False)"
     ),
     "position bias": "this model adds a bias to its logits, which the sparse op does not do",
+    "sinks by query": "this model has attention sinks that depend on the query",
     "not causal": "this layer attends to the future",
     "dropout": "attention dropout is on",
     "non-finite": "q or k holds NaN or infinity; the model or its input is broken",
@@ -81,14 +83,18 @@ class Options:
 
     def warn_once(self, reason: str) -> None:
         text = REASONS[reason]
-        if text is not None and reason not in self.warned:
-            self.warned.add(reason)
-            warnings.warn(
-                f"sparse_patch: running exact attention ({reason}): {text}. "
+        if text is not None:
+            self.say_once(
+                reason,
+                f"running exact attention ({reason}): {text}. "
                 "sparse_patch.report(model) counts such calls.",
-                SparsePatchWarning,
-                stacklevel=2,
             )
+
+    def say_once(self, about: str, text: str) -> None:
+        """Warn, the first time that it is about this."""
+        if about not in self.warned:
+            self.warned.add(about)
+            warnings.warn(f"sparse_patch: {text}", SparsePatchWarning, stacklevel=2)
 
 
 @dataclass
@@ -107,10 +113,12 @@ class LayerStats:
     exact: Counter[str] = field(default_factory=Counter)
 
 
+# Names this process's layers in graphs, so that one that was saved elsewhere is told from ours.
+_HANDLE_BITS = 62
+
 # Gets the layer and the arguments of `LayerState.attend`, and returns what that does.
 Watch = Callable[["LayerState", Tensor, Tensor, Tensor, "Call"], Tensor | str]
 
-_handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
 
 
@@ -118,22 +126,23 @@ _by_handle: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDict
 class LayerState:
     """What a patched attention module carries; method None keeps the layer dense.
 
-    `steps` is where decoding stands in each batch row; any other call of the layer empties it.
-    `handle` names this object in compiled graphs, which hold tensors and numbers only. It is a
-    tensor because a number would be a constant, and every layer a graph of its own. A copy gets
-    another. `watch` takes the place of `attend`.
+    `asked` counts the calls that reached this layer's attention. `handle` names this object in
+    compiled graphs, which hold tensors and numbers only. It is a tensor because a number would be a
+    constant, and every layer a graph of its own. A copy gets another. `watch` takes the place of
+    `attend`.
     """
 
     layer: int
     method: Method | None
     options: Options
     stats: LayerStats = field(default_factory=LayerStats)
-    steps: dict[int, DecodeStep] = field(default_factory=dict)
+    memories: Memories = field(default_factory=Memories, repr=False, compare=False)
+    asked: int = field(default=0, compare=False)
     watch: Watch | None = field(default=None, repr=False, compare=False)
     handle: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        handle = next(_handles)
+        handle = secrets.randbits(_HANDLE_BITS)
         self.handle = torch.tensor(handle, device="cpu")
         _by_handle[handle] = self
 
@@ -180,9 +189,9 @@ class LayerState:
             "training": call.training,
             "gradients": needs_grad,
             "not causal": not call.causal,
-            "sliding window": call.window is not None and call.window < k.shape[2],
             "mask": mask is not None and mask.ndim != 2,
             "position bias": call.bias is not None,
+            "sinks by query": call.sinks is not None and call.sinks.ndim > 1,
             "dropout": call.dropout > 0,
             "short": budget is None and k.shape[2] < self.options.min_length,
             "few queries": 1 < q.shape[2] < min(self.options.min_queries, k.shape[2]),
@@ -224,10 +233,9 @@ class LayerState:
         elif k.shape[1] < options.min_length:  # without its padding, that is
             return "short"
         decodes = q.shape[1] == 1 and self.sparse_decode
-        before = self.steps.pop(row, None) if decodes else None
-        if before is not None and not before.leads_to(k):
-            before = None
-        new = k if before is None else k[:, -1:]  # earlier steps have looked at the earlier keys
+        step = self.memories.step
+        memory = step.memory(row, k.shape[1]) if decodes else None
+        new = k if memory is None else k[:, -1:]  # earlier steps have looked at the earlier keys
         total = q.sum(dtype=torch.float32) + new.sum(dtype=torch.float32)
         if not _waits(q) and not bool(torch.isfinite(total)):
             return "non-finite"
@@ -241,9 +249,8 @@ class LayerState:
         if bill is not None:
             bill.start()
         if decodes:
-            memory = None if before is None else before.memory
             plan, memory = self.method.decode(q, k, scale=call.scale, memory=memory)
-            self.steps[row] = DecodeStep.of(k, memory)
+            step.after[row] = k.shape[1], memory
         else:
             plan = self.method.plan(q, k, scale=call.scale, q_offset=k.shape[1] - q.shape[1])
         if bill is not None and (reason := bill.judge(plan)):
@@ -288,14 +295,34 @@ def _waits(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+# What a model may pass to attention beside the tensors. Handled by `Call`:
+_HANDLED = {"is_causal", "softcap", "s_aux", "sinks", "position_bias"}
+# Handled before attention: the mask says what these hide (see `masks`).
+_IN_THE_MASK = {"sliding_window", "max_length_q", "max_length_k", "cu_seq_lens_q", "cu_seq_lens_k"}
+_IN_THE_MASK |= {"seq_idx"}
+# Not about which keys are seen or what they weigh: how a kernel works, positions that rotary
+# embeddings have used, what else the model is to return, what its other parts take.
+_ELSEWHERE = {
+    "cache_position", "deterministic", "labels", "logits_to_keep", "mm_token_type_ids",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
+    "past_key_values", "position_embeddings", "position_ids", "return_dict", "token_type_ids",
+    "use_cache",
+}  # fmt: skip
+_SELECTS_KEYS = {"indices", "block_indices"}
+
+
 @dataclass(frozen=True)
 class Call:
-    """What a model says about one attention call, beside its tensors."""
+    """What a model says about one attention call, beside its tensors.
+
+    Attributes:
+        sinks: `[heads]`, or `[batch, heads, q_len]` where they depend on the query.
+        bias: `[batch or 1, heads or 1, q_len or 1, kv_len or more]`.
+    """
 
     scale: float
     causal: bool
     training: bool
-    window: int | None
     softcap: float | None
     sinks: Tensor | None
     bias: Tensor | None
@@ -303,37 +330,106 @@ class Call:
 
     @classmethod
     def read(
-        cls, module: nn.Module, head_dim: int, scaling: float | None, dropout: float, kw: Any
+        cls,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        dropout: float,
+        kw: Mapping[str, Any],
     ) -> Call:
-        """Take the known keywords out of what a model passes; unknown ones are not attention's.
+        """Understand every keyword that a model passes.
 
         Raises:
-            RuntimeError: a keyword says that ignoring it would change the answer.
+            RuntimeError: one that is not known, or that says something we cannot do.
         """
-        for name in ("indices", "block_indices"):
-            if kw.get(name) is not None:
-                raise RuntimeError(
-                    f"sparse_patch: this model selects keys itself ({name} was passed to "
-                    "attention); patching would undo that. Call sparse_patch.unpatch(model)."
-                )
-        if kw.get("cache") is not None:
-            raise RuntimeError(
-                "sparse_patch: continuous batching (paged caches) is not supported. Call "
-                "sparse_patch.unpatch(model), or use model.generate."
-            )
+        _refuse_keywords(kw, mask)
         causal = kw.get("is_causal")
         sinks = kw.get("s_aux")
+        sinks = kw.get("sinks") if sinks is None else sinks
         return cls(
-            scale=head_dim**-0.5 if scaling is None else float(scaling),
+            scale=q.shape[3] ** -0.5 if scaling is None else float(scaling),
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
             training=module.training,
-            window=kw.get("sliding_window"),
             softcap=kw.get("softcap"),
-            sinks=kw.get("sinks") if sinks is None else sinks,
-            bias=kw.get("position_bias"),
+            sinks=None if sinks is None else _sinks(sinks, q),
+            bias=_bias(kw.get("position_bias"), q, k),
             dropout=float(dropout),
         )
+
+    def of(self, row: int, span: Span, q_len: int) -> Call:
+        """The call of some queries of a row with some of its keys: what is by row, query and key
+        is cut as they are."""
+        bias, sinks = self.bias, self.sinks
+        if bias is not None:
+            row_bias = bias[row if bias.shape[0] > 1 else 0][None].expand(-1, -1, q_len, -1)
+            bias = row_bias[:, :, span.queries][..., span.keys]
+        if sinks is not None and sinks.ndim > 1:
+            sinks = sinks[row][None][..., span.queries]
+        return dataclasses.replace(self, bias=bias, sinks=sinks)
 
     def as_arguments(self) -> dict[str, Any]:
         """The fields by name, as they are: `dataclasses.asdict` would copy the tensors."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def _refuse_keywords(kw: Mapping[str, Any], mask: Tensor | None) -> None:
+    """Raise a RuntimeError for what would change the answer if it were left out."""
+    for name, value in kw.items():
+        if value is None or name in _HANDLED or name in _ELSEWHERE:
+            continue
+        if name in _SELECTS_KEYS:
+            raise RuntimeError(
+                f"sparse_patch: this model selects keys itself ({name} was passed to "
+                "attention); patching would undo that. Call sparse_patch.unpatch(model)."
+            )
+        if name == "cache":
+            raise RuntimeError(
+                "sparse_patch: continuous batching (paged caches) is not supported. Call "
+                "sparse_patch.unpatch(model), or use model.generate."
+            )
+        if name not in _IN_THE_MASK and value is not False:
+            raise RuntimeError(
+                f"sparse_patch: {name}= reached attention, and what it asks for is not known here: "
+                "left out, it could change the answer. If it is yours, leave it out of the call; "
+                "if it is the model's, call sparse_patch.unpatch(model)."
+            )
+        packed = name == "cu_seq_lens_q" and len(value) > 2
+        if packed and (mask is None or (mask.ndim == 2 and mask.dtype == torch.bool)):
+            raise RuntimeError(
+                "sparse_patch: cu_seq_lens_q= reached attention without the model's mask having "
+                "heard of it (a compiled graph, or a decoder that was not called as a module), so "
+                "packed sequences would see one another. Call the model uncompiled, or one "
+                "sequence at a time."
+            )
+
+
+def _sinks(sinks: Tensor, q: Tensor) -> Tensor:
+    """`[heads]`, or `[batch, heads, q_len]`, from any shape that broadcasts to q's first axes."""
+    batch, heads, q_len, _ = q.shape
+    if sinks.numel() == heads:
+        return sinks.reshape(heads)
+    if sinks.ndim == 4 and sinks.shape[3] == 1:
+        return sinks[..., 0].expand(batch, heads, q_len)
+    raise RuntimeError(
+        f"sparse_patch: attention sinks of shape {tuple(sinks.shape)} for {heads} heads and "
+        f"{q_len} queries are not known here. Call sparse_patch.unpatch(model)."
+    )
+
+
+def _bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """A position bias that broadcasts to the logits.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    if bias is None:
+        return None
+    fits = bias.ndim == 4 and all(bias.shape[i] in (1, q.shape[i]) for i in range(3))
+    if not fits or bias.shape[3] < k.shape[2]:
+        raise RuntimeError(
+            f"sparse_patch: a position bias of shape {tuple(bias.shape)} does not fit queries "
+            f"{tuple(q.shape)} and keys {tuple(k.shape)}. Call sparse_patch.unpatch(model)."
+        )
+    return bias[..., : k.shape[2]]

@@ -219,4 +219,4 @@ def test_reasons_are_known():
 def test_bad_arguments_are_named(llama, options, message):
     with pytest.raises(ValueError, match=message):
         sparse_patch.patch(llama, "flexprefill", **options)
-    assert not hasattr(llama, "_sparse_patch_stack")
+    assert "_sparse_patch_book" not in llama.model.__dict__

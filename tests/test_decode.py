@@ -1,7 +1,9 @@
 """Sparse decode in live models: a list is reused only for the sequence that it was made for."""
 
 import copy
+import functools
 import json
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +15,9 @@ from sparse_patch_kernels import BlockPlan
 import sparse_patch
 from sparse_patch import SparsePatchWarning
 from sparse_patch.attention import STATE, attention_function
-from sparse_patch.decoding import DecodeStep
 from sparse_patch.methods import hip
 from sparse_patch.registry import Method
-from tests.zoo import FAMILIES, LAYERS, SPARSE_LAYERS, tiny_model
+from tests.zoo import CHUNK, CHUNKED_LAYERS, FAMILIES, LAYERS, SPARSE_LAYERS, tiny_model
 
 ANY = {"min_length": 0, "min_queries": 0}
 HIP = {"mask_k": 32, "block_q": 16, "block_k": 4, "sink": 4, "window": 16, "dense_layers": 0, **ANY}
@@ -104,7 +105,9 @@ def test_generation_that_keeps_every_key_equals_eager(family):
     with sparse_patch.patch(model, Witness(), **ANY) as handle:
         got = generate(model, ids, 6, attention_mask=mask)
     assert torch.equal(got, want)
-    assert handle.report().decode_calls == 2 * 5 * SPARSE_LAYERS.get(family, LAYERS)
+    sparse = SPARSE_LAYERS.get(family, LAYERS) - CHUNKED_LAYERS.get(family, 0)
+    in_the_first_chunk = min(5, max(0, CHUNK - 27)) * CHUNKED_LAYERS.get(family, 0)
+    assert handle.report().decode_calls == 2 * 5 * sparse + in_the_first_chunk
 
 
 @pytest.mark.parametrize(
@@ -168,11 +171,10 @@ def test_reordered_beams_start_afresh(llama):
     with sparse_patch.patch(llama, method, **ANY) as handle:
         assert torch.equal(generate(llama, tokens(), num_beams=4), want)
     assert handle.report().decode_calls == 11 * 4 * LAYERS
-    assert method.seen["fresh"] > 4 * LAYERS  # more than once a beam
-    assert method.seen["continued"] > 0
+    assert method.seen == {"fresh": 11 * 4 * LAYERS}
 
 
-def test_a_second_sequence_starts_afresh_even_without_a_prefill_between(llama):
+def test_a_sequence_goes_on_however_many_came_between(llama):
     """The two differ in one token, not the last: the first layer's newest key is the same."""
     method, one = Witness(), tokens()
     two = one.clone()
@@ -183,17 +185,8 @@ def test_a_second_sequence_starts_afresh_even_without_a_prefill_between(llama):
             llama(one[:, -1:], past_key_values=cache)
         newest = [cache.layers[0].keys[0, :, -1] for cache in caches]
         assert torch.equal(*newest)
-        llama(one[:, :1], past_key_values=caches[0])  # 61 keys, after the other's 60
-    assert method.seen == {"fresh": 3 * LAYERS}
-
-
-def test_a_step_leads_to_the_next_length_only():
-    """Keys without a position may all be the same."""
-    k = torch.ones(2, 100, 8)
-    step = DecodeStep.of(k[:, :50], None)
-    assert [n for n in range(1, 101) if step.leads_to(k[:, :n])] == [51]
-    assert not step.leads_to(k[:, :51].double())
-    assert [n for n in range(1, 101) if DecodeStep.of(k[:, :3], None).leads_to(k[:, :n])] == [4]
+        llama(one[:, :1], past_key_values=caches[0])
+    assert method.seen == {"fresh": 2 * LAYERS, "continued": LAYERS}
 
 
 def test_a_cropped_cache_starts_afresh(llama):
@@ -211,28 +204,29 @@ def test_a_cropped_cache_starts_afresh(llama):
 
 def test_several_tokens_at_once_end_it(llama):
     """As in speculative decoding, or a second turn; exact or sparse."""
-    state_of = [getattr(layer.self_attn, STATE, None) for layer in llama.model.layers]
-    assert state_of == [None] * LAYERS
-    with sparse_patch.patch(llama, Witness(), min_length=0, min_queries=64), torch.no_grad():
-        states = [getattr(layer.self_attn, STATE) for layer in llama.model.layers]
+    method = Witness()
+    with sparse_patch.patch(llama, method, min_length=0, min_queries=64), torch.no_grad():
         cache = llama(tokens(), use_cache=True).past_key_values
-        llama(torch.tensor([[7]]), past_key_values=cache)
-        assert all(state.steps for state in states)
-        llama(torch.tensor([[7, 8]]), past_key_values=cache)
-        assert not any(state.steps for state in states)
+        for some in ([[7]], [[7, 8]], [[7]], [[8]]):
+            llama(torch.tensor(some), past_key_values=cache)
+    assert method.seen == {"fresh": 2 * LAYERS, "continued": LAYERS}
 
 
-def test_what_is_remembered_does_not_hold_the_cache(llama):
+def test_what_is_remembered_does_not_hold_the_cache_and_goes_with_it(llama):
     with sparse_patch.patch(llama, "hip", **HIP), torch.no_grad():
         cache = llama(tokens(length=300), use_cache=True).past_key_values
         llama(torch.tensor([[7]]), past_key_values=cache)
-        (step,) = getattr(llama.model.layers[0].self_attn, STATE).steps.values()
-    (run,) = step.memory[0]
-    for kept in (step.tail, run.start, run.count):
-        assert kept.untyped_storage().nbytes() <= 16 * 2 * 16 * 4
+        memories = getattr(llama.model.layers[0].self_attn, STATE).memories._of_keys
+        ((kv_len, (runs, _)),) = next(iter(memories.values())).values()
+        assert kv_len == 301
+        for kept in (runs[0].start, runs[0].count):
+            assert kept.untyped_storage().nbytes() <= 16 * 2 * 16 * 4
+        del cache
+        assert len(memories) == 0
 
 
-def test_a_copy_of_the_model_goes_on_where_it_was(llama):
+def test_a_copy_of_the_model_answers_as_the_model_does(llama):
+    """What is remembered stays with the caches of the original: a copy chooses anew."""
     method = Witness()
     with sparse_patch.patch(llama, method, **ANY), torch.no_grad():
         cache = llama(tokens(), use_cache=True).past_key_values
@@ -242,6 +236,80 @@ def test_a_copy_of_the_model_goes_on_where_it_was(llama):
         got = clone(torch.tensor([[8]]), past_key_values=its_cache).logits
     assert torch.equal(got, want)
     assert sparse_patch.report(clone).decode_calls == 2 * LAYERS
+
+
+def together(llama, method, params, prompts, steps, order):
+    """Logits `[prompts, steps, vocab]` of prompts that are decoded in some order, each in a cache
+    of its own; `order` names the prompt whose turn it is."""
+    with sparse_patch.patch(llama, method, **params), torch.no_grad():
+        caches = [llama(ids[None], use_cache=True).past_key_values for ids in prompts]
+        out = [[] for _ in prompts]
+        for i in order:
+            token = steps[i : i + 1, len(out[i])][None]
+            out[i].append(llama(token, past_key_values=caches[i]).logits[0, -1])
+    return torch.stack([torch.stack(rows) for rows in out])
+
+
+@pytest.mark.parametrize(("method", "params"), METHODS)
+def test_sequences_in_turn_get_the_answers_they_get_alone(llama, method, params):
+    """Two of them end alike, so that the keys of the first layer do; a third is as long as they."""
+    prompts, steps = tokens(batch=3, length=200), tokens(batch=3, length=16, seed=1)
+    prompts[1, 40:], steps[1] = prompts[0, 40:], steps[0]
+    alone = together(llama, method, params, prompts, steps, [0] * 16 + [1] * 16 + [2] * 16)
+    turns = torch.stack([torch.randperm(3) for _ in range(16)]).flatten().tolist()
+    assert torch.equal(together(llama, method, params, prompts, steps, turns), alone)
+
+
+@pytest.mark.parametrize(("method", "params"), METHODS)
+def test_threads_get_the_answers_they_get_alone(llama, method, params):
+    prompts, steps = tokens(batch=4, length=200), tokens(batch=4, length=16, seed=1)
+    alone = together(llama, method, params, prompts, steps, sorted([*range(4)] * 16))
+    got = [None] * 4
+
+    def one(i):
+        with torch.no_grad():
+            cache = llama(prompts[i : i + 1], use_cache=True).past_key_values
+            got[i] = torch.stack(
+                [
+                    llama(token[None, None], past_key_values=cache).logits[0, -1]
+                    for token in steps[i]
+                ]
+            )
+
+    with sparse_patch.patch(llama, method, **params):
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert torch.equal(torch.stack(got), alone)
+
+
+def test_a_step_may_be_taken_in_another_thread_than_the_one_before(llama):
+    method = Witness()
+    with sparse_patch.patch(llama, method, **ANY), torch.no_grad():
+        cache = llama(tokens(), use_cache=True).past_key_values
+        for token in (7, 8, 9):
+            step = functools.partial(llama, torch.tensor([[token]]), past_key_values=cache)
+            thread = threading.Thread(target=torch.no_grad()(step))
+            thread.start()
+            thread.join()
+    assert method.seen == {"fresh": LAYERS, "continued": 2 * LAYERS}
+
+
+def test_a_step_that_failed_leaves_nothing_for_the_next(llama, monkeypatch):
+    method = Witness()
+    with sparse_patch.patch(llama, method, **ANY), torch.no_grad():
+        cache = llama(tokens(), use_cache=True).past_key_values
+        llama(torch.tensor([[7]]), past_key_values=cache)
+        with monkeypatch.context() as broken:
+            broken.setattr(llama.model.layers[2].mlp, "forward", lambda x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                llama(torch.tensor([[8]]), past_key_values=cache)
+        cache.crop(-1)  # which the first layers need, and the last one too
+        other = llama(tokens(length=30, seed=3), use_cache=True).past_key_values
+        llama(torch.tensor([[8]]), past_key_values=other)
+    assert method.seen["continued"] == 3
 
 
 # --- rows of a batch -----------------------------------------------------------------------------

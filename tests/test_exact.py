@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_patch.exact import Exact
+from tests.memory import largest_tensor
 
 B, H, KV, D, DV = 2, 4, 2, 16, 12
 
@@ -20,7 +21,7 @@ def inputs(q_len, kv_len, dtype=torch.float32):
     )
 
 
-def formula(q, k, v, exact: Exact, mask=None):
+def formula(q, k, v, exact: Exact, mask=None, first=None):
     """One dense softmax in float64."""
     q, k, v = q.double(), *(x.double().repeat_interleave(H // KV, 1) for x in (k, v))
     q_len, kv_len = q.shape[2], k.shape[2]
@@ -34,14 +35,15 @@ def formula(q, k, v, exact: Exact, mask=None):
         mask = torch.ones(q_len, kv_len, dtype=torch.bool)
         if exact.causal:
             mask = mask & (key <= row)
-        if exact.window is not None:
-            mask = mask & (row - key < exact.window)
+        if first is not None:
+            mask = mask & (key >= first[:, None])
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     top = scores.amax(-1, keepdim=True).clamp(min=-1e30)
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
     if exact.sinks is not None:
-        total = total + (exact.sinks.double().view(1, -1, 1, 1) - top).exp()
+        sinks = exact.sinks if exact.sinks.ndim > 1 else exact.sinks.view(1, -1, 1)
+        total = total + (sinks.double()[..., None] - top).exp()
     return (weights / total.clamp(min=1e-300)) @ v
 
 
@@ -50,13 +52,11 @@ CASES = [
     Exact(),
     Exact(scale=0.7),
     Exact(causal=False),
-    Exact(window=5),
-    Exact(window=500),
-    Exact(causal=False, window=5),
     Exact(softcap=2.0),
     Exact(sinks=SINKS),
-    Exact(softcap=2.0, sinks=SINKS, window=5, scale=0.5),
+    Exact(softcap=2.0, sinks=SINKS, scale=0.5),
     Exact(bias=torch.randn(1, H, 40, 40, generator=torch.Generator().manual_seed(1))),
+    Exact(sinks=torch.randn(B, H, 40, generator=torch.Generator().manual_seed(3))),
 ]
 
 
@@ -64,13 +64,49 @@ CASES = [
 @pytest.mark.parametrize("exact", CASES, ids=lambda e: str(e)[:60])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_equals_the_formula(exact, q_len, chunked, monkeypatch):
-    if exact.bias is not None:
-        exact = dataclasses.replace(exact, bias=exact.bias[:, :, :q_len])
     if chunked:
         monkeypatch.setattr("sparse_patch.exact._CHUNK_ELEMENTS", 7 * 40 * B * H)
-    q, k, v = inputs(q_len, 40)
+    exact, (q, k, v) = cut(exact, q_len), inputs(q_len, 40)
     want = formula(q, k, v, exact).float()
     torch.testing.assert_close(exact(q, k, v), want, atol=2e-6, rtol=0)
+
+
+def cut(exact, q_len):
+    """What is by query, for the first `q_len` of them."""
+    bias, sinks = exact.bias, exact.sinks
+    if bias is not None:
+        bias = bias[:, :, :q_len]
+    if sinks is not None and sinks.ndim > 1:
+        sinks = sinks[:, :, :q_len]
+    return dataclasses.replace(exact, bias=bias, sinks=sinks)
+
+
+FIRST = {
+    "a window": lambda row: (row - 4).clamp(min=0),
+    "a window of one": lambda row: row,
+    "a window that hides nothing": lambda row: row * 0,
+    "chunks": lambda row: row // 7 * 7,
+    "packed": lambda row: torch.where(row < 23, row * 0 + 3, row * 0 + 23).minimum(row),
+}
+
+
+@pytest.mark.parametrize("q_len", [1, 23, 40])
+@pytest.mark.parametrize("kind", FIRST)
+@pytest.mark.parametrize("exact", [e for e in CASES if e.causal], ids=lambda e: str(e)[:60])
+def test_a_first_key_hides_those_before_it(exact, kind, q_len, monkeypatch):
+    monkeypatch.setattr("sparse_patch.exact._LEAST_ROWS", 3)
+    first = FIRST[kind](torch.arange(40 - q_len, 40))
+    exact, (q, k, v) = cut(exact, q_len), inputs(q_len, 40)
+    want = formula(q, k, v, exact, first=first).float()
+    torch.testing.assert_close(exact(q, k, v, first=first), want, atol=2e-6, rtol=0)
+
+
+def test_a_window_takes_memory_by_its_width():
+    n, window = 1 << 14, 64
+    q, k, v = (torch.randn(1, 1, n, 8) for _ in range(3))
+    first = (torch.arange(n) - window + 1).clamp(min=0)
+    for exact in (Exact(), Exact(softcap=5.0)):
+        assert largest_tensor(lambda e=exact: e(q, k, v, first=first)) <= n * 8
 
 
 @pytest.mark.parametrize("exact", [Exact(), Exact(softcap=2.0), Exact(sinks=SINKS)])
@@ -95,7 +131,7 @@ def test_low_precision_runs_explicit_softmax_in_float32():
     torch.testing.assert_close(got.double(), formula(q, k, v, exact), atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize("exact", CASES[:9], ids=lambda e: str(e)[:60])
+@pytest.mark.parametrize("exact", CASES[:6], ids=lambda e: str(e)[:60])
 def test_gradients_flow(exact):
     q, k, v = (x.double().requires_grad_() for x in inputs(6, 9))
     weights = torch.randn(B, H, 6, DV).double()

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import sparse_patch
-from tests.zoo import FAMILIES, LAYERS, PADS, SPARSE_LAYERS, batch, logits, tiny_model
+from tests.zoo import (
+    CHUNK,
+    CHUNKED_LAYERS,
+    FAMILIES,
+    LAYERS,
+    PADS,
+    SPARSE_LAYERS,
+    batch,
+    logits,
+    tiny_model,
+)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -35,8 +45,11 @@ def test_logits_equal_eager(model, family):
     report = handle.report()
     sparse = [layer for layer in report.layers if layer.sparse_calls]
     assert len(sparse) == SPARSE_LAYERS.get(family, LAYERS)
-    assert all(layer.sparse_calls == 2 and not layer.exact for layer in sparse)
-    assert report.calls == 2 * LAYERS
+    chunks = -(-40 // CHUNK) + -(-(40 - PADS) // CHUNK)
+    calls = sorted(layer.sparse_calls for layer in sparse)
+    chunked = CHUNKED_LAYERS.get(family, 0)
+    assert calls == [2] * (len(sparse) - chunked) + [chunks] * chunked
+    assert not any(layer.exact for layer in sparse)
 
 
 def test_a_padded_row_equals_the_row_alone(model):
@@ -109,5 +122,5 @@ def test_second_turn_equals_eager(model, family):
     with patch(model) as handle:
         got = two_turns(model)
     assert (got - want).abs().max() <= 5e-6
-    sparse = [layer for layer in handle.report().layers if layer.sparse_calls == 4]
+    sparse = [layer for layer in handle.report().layers if layer.sparse_calls >= 4]
     assert len(sparse) == SPARSE_LAYERS.get(family, LAYERS)

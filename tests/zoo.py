@@ -26,9 +26,11 @@ SPARSE_LAYERS = {
     "gpt_oss": 2,
     "gemma3": 2,
     "cohere2": 2,
-    "llama4_text": 2,
 }
-"""Of the families in which some layers slide or are chunked, which run exact."""
+"""Of the families in which some layers slide, which run exact; a chunk is a sequence of its own."""
+
+CHUNKED_LAYERS = {"llama4_text": 2}
+"""Those that cut a row into chunks, all of which are calls."""
 
 WINDOW = 8
 """Keys a sliding layer sees."""

@@ -1,0 +1,129 @@
+"""What patches write on a live model, so that all of it can be taken back.
+
+A decoder has one book, whichever model that holds it was patched: its patches, oldest first. A
+config may be shared by several models; its name goes back when the last patch that needs it goes,
+unless it is no longer ours by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .attention import STATE
+from .routing import LayerState
+
+if TYPE_CHECKING:
+    from .patching import Patch
+
+NAME = "sparse_patch"
+_BOOK = "_sparse_patch_book"
+
+
+@dataclass(eq=False)
+class Book:
+    """The patches of one decoder.
+
+    Attributes:
+        modules: its attention modules; each carries the state of the latest patch that holds it, or
+            None.
+        patches: oldest first.
+        hooks: on the decoder.
+    """
+
+    modules: list[nn.Module]
+    patches: list[Patch] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+
+    def states(self) -> list[LayerState]:
+        """What the modules carry, those without left out."""
+        carried = (getattr(module, STATE, None) for module in self.modules)
+        return [state for state in carried if state is not None]
+
+    def hang_latest(self) -> None:
+        """Give each module the state of the latest patch that holds it; of none, nothing."""
+        for module in self.modules:
+            held = (states.get(id(module)) for states in self._states_by_module())
+            setattr(module, STATE, next((state for state in held if state is not None), None))
+
+    def _states_by_module(self) -> list[dict[int, LayerState]]:
+        return [
+            {id(module): state for module, state in patch._states}
+            for patch in reversed(self.patches)
+        ]
+
+
+def book_of(decoder: PreTrainedModel) -> Book | None:
+    """The book of a decoder; None: it is not patched."""
+    return getattr(decoder, _BOOK, None)
+
+
+def open_book(decoder: PreTrainedModel, modules: list[nn.Module]) -> Book:
+    """The book of a decoder, a new one if it has none."""
+    book = book_of(decoder) or Book(modules)
+    setattr(decoder, _BOOK, book)
+    return book
+
+
+def close_book(decoder: PreTrainedModel, book: Book) -> None:
+    """Leave no trace of a book without patches."""
+    for hook in book.hooks:
+        hook.remove()
+    for module in book.modules:
+        delattr(module, STATE)
+    delattr(decoder, _BOOK)
+
+
+@dataclass
+class _Name:
+    """`before`: what a config said before the first of the patches that hold it."""
+
+    before: str | None
+    holders: WeakSet[Patch] = field(default_factory=WeakSet)
+
+
+_names: MutableMapping[PreTrainedConfig, _Name] = WeakIdKeyDictionary()
+
+
+def hold_names(patch: Patch, configs: Iterable[PreTrainedConfig]) -> list[tuple[Any, str | None]]:
+    """Let configs name our attention; returns them with what they said before."""
+    held = []
+    for config in configs:
+        name = _names.get(config)
+        if name is None or not is_ours(config):  # or it is another's choice by now
+            holders = WeakSet() if name is None else name.holders
+            name = _names[config] = _Name(config._attn_implementation_internal, holders)
+        name.holders.add(patch)
+        # The public setter would also rename the vision tower's sub-config.
+        config._attn_implementation_internal = NAME
+        held.append((config, name.before))
+    return held
+
+
+def hold_copied_names(patch: Patch, names: Iterable[tuple[Any, str | None]]) -> None:
+    """The same for a copy of a patch, whose configs are copies that name us already."""
+    for config, before in names:
+        _names.setdefault(config, _Name(before)).holders.add(patch)
+
+
+def release_names(patch: Patch, configs: Iterable[PreTrainedConfig]) -> None:
+    """Give names back that no other patch needs and that are still ours."""
+    for config in configs:
+        name = _names[config]
+        name.holders.discard(patch)
+        if not name.holders:
+            del _names[config]
+            if is_ours(config):
+                config._attn_implementation_internal = name.before
+
+
+def is_ours(config: PreTrainedConfig) -> bool:
+    """Does this config name our attention?"""
+    return bool(config._attn_implementation_internal == NAME)

@@ -1,0 +1,181 @@
+"""What is seen of a patched decoder's forward from outside: hooks that open and close it.
+
+Before: what cannot be answered is refused, and packed sequences are found, which the mask has to
+know of. After: was every patched layer asked? Around an attention module: which cache it steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_utils import PreTrainedModel
+
+from .attention import STATE
+from .book import Book, book_of, is_ours
+from .masks import PACKING, starts_of
+from .routing import LayerState
+from .sequences import CausalMask
+
+
+class _Entered(threading.local):
+    """The forwards that run in this thread, innermost last: calls of each layer before them."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[tuple[LayerState, int]]] = []
+
+
+_entered = _Entered()
+
+
+def hook_decoder(decoder: PreTrainedModel) -> list[Any]:
+    """Hooks of a decoder that has a book."""
+    return [
+        decoder.register_forward_pre_hook(_before, with_kwargs=True),
+        decoder.register_forward_hook(_after, always_call=True),
+    ]
+
+
+def hook_steps(module: nn.Module) -> list[Any]:
+    """Hooks of an attention module whose method remembers from one decode step to the next."""
+    return [
+        module.register_forward_pre_hook(_step_begins, with_kwargs=True),
+        module.register_forward_hook(_step_ends, with_kwargs=True, always_call=True),
+    ]
+
+
+def _before(decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: a patched model has no attention weights to return (sparse "
+            "attention never computes them all). Call sparse_patch.unpatch(model) and use "
+            'attn_implementation="eager".'
+        )
+    book = book_of(decoder)
+    if torch.compiler.is_compiling() or book is None:
+        return
+    _entered.asked.append([(state, state.asked) for state in book.states()])
+    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    PACKING.starts, PACKING.heard = _packed_starts(given | given.get("kwargs", {})), False
+
+
+def _after(decoder: PreTrainedModel, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling() or not _entered.asked:
+        return
+    unheard, PACKING.starts = PACKING.starts is not None and not PACKING.heard, None
+    before = _entered.asked.pop()
+    if output is None:  # an error is on its way
+        return
+    if unheard:
+        raise RuntimeError(
+            "sparse_patch: packed sequences were given (cu_seq_lens_q, seq_idx, or position_ids "
+            "that start anew), but this model makes its masks without asking for ours, so they "
+            "have seen one another. Give it one sequence at a time."
+        )
+    book = book_of(decoder)
+    silent = [state for state, asked in before if state.asked == asked]
+    if book is not None and silent:
+        _warn_not_asked(book, silent)
+
+
+def _warn_not_asked(book: Book, silent: list[LayerState]) -> None:
+    names = {
+        config._attn_implementation
+        for patch in book.patches
+        for config, _ in patch._names
+        if not is_ours(config)
+    }
+    why = (
+        f"the model's config says attn_implementation={min(map(str, names))!r} by now. Patch the "
+        "model again to have it sparse."
+        if names
+        else "unless they were skipped on purpose, another library replaced what they run, and "
+        "answers to padded prompts or with a cache may be wrong. Unpatch the model."
+    )
+    layers = sorted({state.layer for state in silent})
+    silent[0].options.say_once(
+        "not asked", f"layers {layers} did not ask for attention in this forward: {why}"
+    )
+
+
+def _packed_starts(given: dict[str, Any]) -> Tensor | None:
+    """int64 `[batch, q_len]`, on the CPU: where the sequence of each token begins; None: the
+    arguments of this forward speak of one sequence a row.
+
+    Raises:
+        ValueError: packed sequences that go on from a cache, or whose arguments contradict.
+    """
+    begins = _begins(given)
+    if begins is None:
+        return None
+    cache = given.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            "sparse_patch: packed sequences (cu_seq_lens_q, seq_idx, or position_ids that start "
+            f"anew) cannot go on from a cache, which holds {cache.get_seq_length()} tokens of "
+            "others; give them without past_key_values, or one sequence at a time"
+        )
+    return starts_of(begins)
+
+
+def _begins(given: dict[str, Any]) -> Tensor | None:
+    """bool `[batch, q_len]`, on the CPU: where packed sequences begin, but for the first."""
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    mask, ends = given.get("attention_mask"), given.get("cu_seq_lens_q")
+    if not isinstance(tokens, Tensor) or not (mask is None or _is_padding(mask)):
+        return None  # a mask that is ready says it all
+    batch, length = tokens.shape[:2]
+    if ends is not None and len(ends) > 2:
+        keys = given.get("cu_seq_lens_k")
+        if batch != 1 or not (keys is None or torch.equal(keys, ends)) or int(ends[-1]) > length:
+            raise ValueError(
+                f"sparse_patch: cu_seq_lens_q={ends.tolist()} must be of one row of {length} "
+                f"tokens and the same as cu_seq_lens_k; the batch has {batch} rows"
+            )
+        begins = torch.zeros(1, length + 1, dtype=torch.bool)
+        begins[0, ends.long().cpu()] = True
+        return begins[:, :length]
+    index, positions = given.get("seq_idx"), given.get("position_ids")
+    if isinstance(index, Tensor) and index.shape[1:] == (length,):
+        begins = index.diff(prepend=index[:, :1]) != 0
+    elif isinstance(positions, Tensor) and positions.shape[1:] == (length,):
+        begins = positions.eq(0)
+        begins[:, 0] = False
+    else:
+        return None
+    if not bool(begins.any()) or not (mask is None or bool((mask != 0).all())):
+        return None  # of padded rows, positions begin anew wherever they like
+    return begins.cpu()
+
+
+def _is_padding(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2 and not isinstance(mask, CausalMask)
+
+
+def _step_begins(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    state: LayerState | None = getattr(module, STATE, None)
+    if not torch.compiler.is_compiling() and state is not None:
+        state.memories.begin(_cached_keys(module, args, kwargs))
+
+
+def _step_ends(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    state: LayerState | None = getattr(module, STATE, None)
+    if not torch.compiler.is_compiling() and state is not None:
+        state.memories.end(_cached_keys(module, args, kwargs))
+
+
+def _cached_keys(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The keys that the cache of this call holds for this layer, where it only ever appends."""
+    given = (*args, *kwargs.values())
+    cache = next((one for one in given if isinstance(one, Cache)), None)
+    layer = getattr(module, "layer_idx", None)
+    if cache is None or type(layer) is not int or not 0 <= layer < len(cache.layers):
+        return None
+    held = cache.layers[layer]
+    keys = held.keys if type(held) is DynamicLayer else None
+    return keys if isinstance(keys, Tensor) else None
