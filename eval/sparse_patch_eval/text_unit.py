@@ -37,7 +37,7 @@ def text_parts(text: str, length: int, limit: int | None, seed: int) -> list[str
         ValueError: see `TextUnit`, and `text.long_text`.
     """
     if length < 2 * SCORED:
-        raise ValueError(f"--lengths: perplexity needs at least {2 * SCORED} tokens")
+        raise ValueError(f"--lengths {length}: perplexity needs at least {2 * SCORED} tokens")
     whole = long_text(text, option=_OPTION)
     found = parts(whole, length, seed)
     if not found or len(found) < (limit or 0):
