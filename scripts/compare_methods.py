@@ -94,9 +94,7 @@ def main(
         named = {"--tuning-texts": split_list(tuning_texts), "--texts": split_list(texts)}
         if empty := [option for option, names in named.items() if not names]:
             raise ValueError(f"{empty[0]}: name at least one text, as in kjv,pydoc")
-        prose = {
-            name: long_text(name, option=option) for option in named for name in named[option]
-        }
+        prose = {name: long_text(name, option=option) for option in named for name in named[option]}
         lm, tokenizer = load(model, dtype=dtype, device=device, max_length=n_tokens)
         lab = Lab(lm, tokenizer, choose_layers(lm, wanted), rows)
         drawn = _prompts(lab, n_tokens, prompts, texts, prose, scored, seed, held_back=False)
