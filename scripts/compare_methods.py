@@ -35,6 +35,7 @@ from sparse_patch_eval.options import (
     parse_layers,
     parse_length,
     parse_method,
+    split_list,
     split_method,
 )
 from sparse_patch_eval.plots import plot
@@ -90,7 +91,10 @@ def main(
         for spec in specs:
             parse_method(spec)
         wanted, n_tokens = parse_layers(layers), parse_length(length)
-        prose = {name: long_text(name) for name in f"{texts},{tuning_texts}".split(",")}
+        named = {"--tuning-texts": split_list(tuning_texts), "--texts": split_list(texts)}
+        if empty := [option for option, names in named.items() if not names]:
+            raise ValueError(f"{empty[0]}: name at least one text, as in kjv,pydoc")
+        prose = {name: long_text(name, option=option) for option in named for name in named[option]}
         lm, tokenizer = load(model, dtype=dtype, device=device, max_length=n_tokens)
         lab = Lab(lm, tokenizer, choose_layers(lm, wanted), rows)
         drawn = _prompts(lab, n_tokens, prompts, texts, prose, scored, seed, held_back=False)
@@ -160,7 +164,7 @@ def _prompts(
         lab.tokenizer,
         length,
         count,
-        texts={name: prose[name] for name in texts.split(",")},
+        texts={name: prose[name] for name in split_list(texts)},
         scored=scored,
         seed=seed,
         held_back=held_back,

@@ -217,15 +217,18 @@ def inspect(
         options: those of `patch`, and the method's parameters.
 
     Raises:
-        ValueError: no method is named and the model is not patched; more than one sequence, or
-            padding; what `patch` refuses.
+        ValueError: no method is named and the model is not patched; more than one sequence, none,
+            or padding; what `patch` refuses.
     """
     if rows < 0 or resolution < 1:
         raise ValueError(f"rows={rows} must be 0 (all) or more, resolution={resolution} at least 1")
     given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     ids = given["input_ids"]
-    if ids.ndim != 2 or len(ids) != 1:
-        raise ValueError(f"inspect: input_ids must be [1, length], one sequence; got {ids.shape}")
+    if ids.ndim != 2 or len(ids) != 1 or not ids.shape[1]:
+        raise ValueError(
+            "inspect: input_ids must be [1, length], one sequence of a token or more; got "
+            f"{list(ids.shape)}"
+        )
     mask = given.get("attention_mask")
     if mask is not None and not bool((mask != 0).all()):
         raise ValueError("inspect: this sequence is padded; give it without its padding")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 64 << 20
+# The longer marks come first: that of UTF-32 begins like that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def read_json(path: str | Path, *, nan: bool = False) -> Any:
@@ -23,11 +32,29 @@ def read_json(path: str | Path, *, nan: bool = False) -> Any:
             what, not the file: callers know better what it should have been.
         OSError: it cannot be read.
     """
-    with Path(path).expanduser().open("rb") as file:
+    with open(os.path.expanduser(path), "rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise ValueError(f"longer than {MOST_BYTES:,} bytes")
-    return parse_json(content.decode("utf-8"), nan=nan)
+    return parse_json(decode_text(content), nan=nan)
+
+
+def decode_text(content: bytes) -> str:
+    """The text of a UTF-8 file, without a byte-order mark.
+
+    Raises:
+        ValueError: it is not UTF-8; says how to make it so. Names what, not the file.
+    """
+    for mark, kind in _MARKS.items():
+        if content.startswith(mark):
+            raise ValueError(f"not UTF-8 but {kind}: convert it with `iconv -f {kind} -t UTF-8`")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8 ({error.reason} at byte {error.start}): if it is text, convert it with "
+            "`iconv -f ITS_ENCODING -t UTF-8`"
+        ) from error
 
 
 def parse_json(text: str, *, nan: bool = False) -> Any:

@@ -6,17 +6,19 @@ Three kinds: our own tasks, made offline (`tasks`); perplexity, which lm-eval ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparse_patch_eval.hub import HUB, load_tasks, truncate_middle
 from sparse_patch_eval.hub import check as check_hub
+from sparse_patch_eval.hub_data import local_folder
 from sparse_patch_eval.hub_load import without_remote_code
 from sparse_patch_eval.lm_unit import LmUnit, keep_end
 from sparse_patch_eval.tasks import OFFLINE, TASKS_FOLDER
-from sparse_patch_eval.text_unit import TextUnit
+from sparse_patch_eval.text import long_text
+from sparse_patch_eval.text_unit import TextUnit, text_parts
 from sparse_patch_eval.units import Unit
 
 PERPLEXITY = "perplexity"
@@ -74,10 +76,12 @@ def build_units(wanted: Wanted, lm: Any) -> list[Unit]:
 
 
 def check_names(wanted: Wanted) -> None:
-    """What can be known without a model: lengths where they are needed, packages.
+    """What can be known without a model: lengths where they are needed, packages, texts.
 
     Raises:
-        ValueError: a task with lengths without `--lengths`, or with one it does not exist in.
+        ValueError: a task with lengths without `--lengths`, or with one it does not exist in; a
+            text that cannot be read, or is too short.
+        FetchError: `--data-dir` is no folder; a text of a package cannot be had.
         ImportError: a package that a task needs is missing; says what to install.
     """
     if not wanted.tasks:
@@ -87,6 +91,20 @@ def check_names(wanted: Wanted) -> None:
         if (known_lengths or (name in HUB and HUB[name].lengths)) and not wanted.lengths:
             raise ValueError(f"--lengths: the task {name!r} needs at least one, as in 4096,8192")
     check_hub([name for name in wanted.tasks if name in HUB], wanted.lengths)
+    if wanted.data_dir is not None:
+        local_folder(wanted.data_dir)
+    for name in filter(_is_perplexity, wanted.tasks):
+        for text in _texts(name):
+            for length in wanted.lengths:
+                text_parts(text, length, wanted.limit, wanted.seed)
+    if "haystack" in wanted.task_args and any(name in OFFLINE for name in wanted.tasks):
+        long_text(wanted.task_args["haystack"], option="--task-arg haystack")
+
+
+def _texts(name: str) -> Sequence[str]:
+    """The texts that a task of perplexity is measured on."""
+    text = name[len(PERPLEXITY) + 1 :]
+    return [text] if text else PERPLEXITY_TEXTS
 
 
 def _is_perplexity(name: str) -> bool:
@@ -95,8 +113,7 @@ def _is_perplexity(name: str) -> bool:
 
 def _units(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
     if _is_perplexity(name):
-        text = name[len(PERPLEXITY) + 1 :]
-        for one in [text] if text else PERPLEXITY_TEXTS:
+        for one in _texts(name):
             for length in wanted.lengths:
                 yield TextUnit(one, length, lm=lm, limit=wanted.limit, seed=wanted.seed)
     elif name in OFFLINE:

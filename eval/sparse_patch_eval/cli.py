@@ -27,7 +27,7 @@ from sparse_patch_eval.demo import STEPS_PER_LENGTH, DemoRow, run_length, warm_u
 from sparse_patch_eval.models import load_for_lengths
 from sparse_patch_eval.options import parse_lengths, parse_method
 from sparse_patch_eval.prefill import machine
-from sparse_patch_eval.text import long_text
+from sparse_patch_eval.text import long_text, passkey_prompt
 
 app = typer.Typer(
     help="Training-free sparse attention for the prefill of Hugging Face models.",
@@ -141,6 +141,9 @@ def demo(
             prose = long_text(text)
             models = load_for_lengths(model, wanted, dtype=dtype, device=device)
             first = next(models)
+            # All of them, before the first is timed: a text that is too short for the longest one
+            # must not cost the others.
+            prompts = {n: passkey_prompt(first[2], n, text=prose, seed=seed) for n in wanted}
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     rows = []
@@ -153,9 +156,7 @@ def demo(
 
         try:
             for length, lm, tokenizer in itertools.chain([first], models):
-                rows.append(
-                    run_length(lm, tokenizer, chosen, length, text=prose, seed=seed, step=step)
-                )
+                rows.append(run_length(lm, tokenizer, chosen, prompts[length], step))
         except (ValueError, OSError) as error:
             fail(error)
         progress.update(task, completed=progress.tasks[0].total, description="done")

@@ -10,7 +10,15 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from sparse_patch_eval.console import console, fail, note, plain, user_errors, visible
-from sparse_patch_eval.options import leaves_folder, literal, parse_lengths, split_method
+from sparse_patch_eval.options import (
+    join_list,
+    leaves_folder,
+    literal,
+    parse_lengths,
+    split_list,
+    split_method,
+)
+from sparse_patch_eval.text_file import read_text
 
 _NEEDS = 'lm-eval is missing: pip install "sparse-patch[eval]"'
 
@@ -25,10 +33,14 @@ def _from_file(context: typer.Context, path: Path | None) -> Path | None:
         return None
     import yaml
 
+    with user_errors():
+        text = read_text(path, "--config")
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
+        options = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # Beside its own errors: what Python says of a date or a number that is none, a tag without
+        # its value, or lists in lists without end.
+        raise typer.BadParameter(f"{path} is not YAML: {error}") from error
     if not isinstance(options, dict):
         raise typer.BadParameter(f"{path} must hold options, as in `model: smollm2`")
     names = {str(key).replace("-", "_"): value for key, value in options.items()}
@@ -70,7 +82,7 @@ def _paths(option: str, value: str) -> list[str]:
     if option in ("model_arg", "task_arg"):
         return [value.partition("=")[2]]
     if option == "tasks":
-        return [one.strip().removeprefix("perplexity_") for one in value.split(",")]
+        return [one.removeprefix("perplexity_") for one in split_list(value)]
     return [value] if option in ("output", "model", "data_dir") else []
 
 
@@ -82,7 +94,7 @@ def _as_flags(options: dict[str, Any]) -> dict[str, Any]:
         if name in listed:
             flags[name] = [str(one) for one in value] if isinstance(value, list) else [str(value)]
         elif isinstance(value, list):
-            flags[name] = ",".join(map(str, value))
+            flags[name] = join_list(map(str, value))
         else:
             flags[name] = value if isinstance(value, bool) else str(value)
     return flags
@@ -102,7 +114,10 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="Names with commas between; see `sparse-patch tasks`.")
+        str,
+        typer.Option(
+            help="Names with commas between (`\\,` is a comma in one); see `sparse-patch tasks`."
+        ),
     ] = "",
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths in tokens, as in 4096,8192 or 4k,8k.")
@@ -182,7 +197,7 @@ def evaluate(
 
         task_args = _pairs("--task-arg", task_arg)
         wanted = Wanted(
-            tasks=tuple(filter(None, (one.strip() for one in tasks.split(",")))),
+            tasks=tuple(split_list(tasks)),
             lengths=tuple(parse_lengths(lengths)) if lengths else (),
             model=model,
             limit=limit or None,

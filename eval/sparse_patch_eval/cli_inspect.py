@@ -65,15 +65,21 @@ def inspect(
         )
         from sparse_patch_eval.prefill import machine
         from sparse_patch_eval.text import long_text, passkey_prompt
+        from sparse_patch_eval.text_file import read_text
 
         chosen, wanted, tokens = parse_method(method), parse_layers(layers), parse_length(length)
-        words = None if prompt is None else prompt.read_text(encoding="utf-8")
+        words = long_text(text) if prompt is None else read_text(prompt, "--prompt")
         lm, tokenizer = load(model, dtype=dtype, device=device)
-        if words is None:
-            ids = passkey_prompt(tokenizer, tokens, text=long_text(text), seed=seed).input_ids
+        if prompt is None:
+            ids = passkey_prompt(tokenizer, tokens, text=words, seed=seed).input_ids
         else:
             ids = tokenizer(words, return_tensors="pt").input_ids
-        check_context(lm.config, ids.shape[1], "--length" if words is None else "--prompt")
+        if not ids.shape[1]:
+            raise ValueError(
+                f"--prompt: {prompt} is empty to this model: its tokenizer makes no token of it; "
+                "give another text"
+            )
+        check_context(lm.config, ids.shape[1], "--length" if prompt is None else "--prompt")
         indices = choose_layers(lm, wanted)
         with progress() as bar:
             task = bar.add_task("layers", total=len(indices))

@@ -102,14 +102,17 @@ def tune(
         kind, aim = _target(target)
         tokens = parse_length(length)
         some = candidates(dict(split_method(spec) for spec in method or METHODS), steps)
+        texts = [text] * prompts + [held_out_text or text] * held_out
+        prose = {text: long_text(text)}
+        if held_out_text:
+            prose[held_out_text] = long_text(held_out_text, option="--held-out-text")
         lm, tokenizer = load(model, dtype=dtype, device="cpu")
         check_context(lm.config, tokens, "--length")
         shape = shape_of(lm.config.get_text_config())
         setup = {"model": model, "dtype": dtype, "length": tokens, "rows": rows}
         file = RowFile(output / "measured.jsonl", setup)
-        texts = [text] * prompts + [held_out_text or text] * held_out
         ids = [
-            passkey_prompt(tokenizer, tokens, text=long_text(name), seed=seed + i).input_ids
+            passkey_prompt(tokenizer, tokens, text=prose[name], seed=seed + i).input_ids
             for i, name in enumerate(texts)
         ]
         with progress() as bar:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import sparse_patch
 from sparse_patch import Method
 from sparse_patch_eval.prefill import Prefill, decode, kl_divergence, prefill
-from sparse_patch_eval.text import Prompt, passkey_prompt
+from sparse_patch_eval.text import Prompt
 
 # Enough for a seven-digit number, a full stop and what may stand before it.
 ANSWER_TOKENS = 12
@@ -57,10 +57,7 @@ def run_length(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
-    length: int,
-    *,
-    text: str,
-    seed: int,
+    prompt: Prompt,
     step: Callable[[str], None],
 ) -> DemoRow:
     """Prefill one prompt dense, sparse, and sparse once more with recall measured (untimed).
@@ -68,8 +65,8 @@ def run_length(
     Args:
         step: called with a description before each of the STEPS_PER_LENGTH prefills.
     """
-    prompt = passkey_prompt(tokenizer, length, text=text, seed=seed)
     ids = prompt.input_ids.to(model.device)
+    length = ids.shape[1]
     step(f"{length} tokens, dense")
     dense = prefill(model, ids)
     dense_tokens = decode(model, dense, ANSWER_TOKENS)

@@ -64,7 +64,7 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
         FetchError: the folder cannot be created.
     """
     chosen = cache_dir or os.environ.get("SPARSE_PATCH_CACHE") or "~/.cache/sparse-patch"
-    folder = Path(chosen).expanduser().resolve()
+    folder = Path(os.path.expanduser(chosen)).resolve()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -8,6 +8,7 @@ as lm-eval does; what can go wrong there becomes one `FetchError` that says how 
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ def read(source: Source, data_dir: Path | None) -> Any:
 
     Raises:
         FetchError: nothing that looks like it is in `data_dir`; says which files were looked for.
-        Whatever `datasets` raises: `hub_errors` explains it.
+        OSError: a file there that cannot be read, or is empty; names it.
+        Whatever `datasets` raises of the hub: `hub_errors` explains it, as it does an OSError.
     """
     import datasets
 
@@ -65,9 +67,15 @@ def read(source: Source, data_dir: Path | None) -> Any:
         )
     # load_dataset("json") would tell a server of the hub about every use, local files or not.
     found = _local(source, data_dir)
-    if found[0].endswith(".parquet"):
-        return datasets.Dataset.from_parquet(found, split=source.split)
-    return datasets.Dataset.from_json(found, split=source.split)
+    kind = "parquet" if found[0].endswith(".parquet") else "json"
+    reader = getattr(datasets.Dataset, f"from_{kind}")
+    try:
+        return reader(found, split=source.split)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration) as error:
+        # StopIteration: `datasets` looks for the first line of a file that has none.
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or "no documents in it"
+        raise OSError(f"{', '.join(found)}: {reason}") from error
 
 
 @contextmanager
@@ -88,6 +96,8 @@ def hub_errors(
     from jinja2 import UndefinedError
 
     where, advice = f"{task}: dataset {source.dataset}", advice or source.how_to_get()
+    if data_dir is not None:
+        where += f" in --data-dir {data_dir}"
     try:
         if data_dir is None:
             _ask_hub(source)
@@ -95,7 +105,7 @@ def hub_errors(
     except FetchError:
         raise
     except (DatasetsError, OSError) as error:
-        verb = "be had from the hub" if data_dir is None else f"be read from {data_dir}"
+        verb = "be had from the hub" if data_dir is None else "be read"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FetchError(f"{where} cannot {verb} ({reason}). {advice}") from error
     except (UndefinedError, LookupError, ValueError) as error:
@@ -106,11 +116,17 @@ def hub_errors(
         ) from error
 
 
+def local_folder(data_dir: Path) -> Path:
+    """The folder that `--data-dir` means; a FetchError where it is none."""
+    folder = Path(os.path.expanduser(data_dir))
+    if not folder.is_dir():
+        raise FetchError(f"--data-dir {folder} is not a folder")
+    return folder
+
+
 def _local(source: Source, data_dir: Path) -> list[str]:
     """The files of a source, all of one kind."""
-    data_dir = data_dir.expanduser()
-    if not data_dir.is_dir():
-        raise FetchError(f"--data-dir {data_dir} is not a folder")
+    data_dir = local_folder(data_dir)
     looked_for = []
     for root in _roots(source.dataset, data_dir):
         for pattern in _patterns(source):
@@ -164,8 +180,11 @@ def _packed(archive: Path, source: Source) -> str | None:
         f"data/{source.config or source.split}.jsonl",
         f"{source.config or source.split}.jsonl",
     }
-    with zipfile.ZipFile(archive) as opened:
-        found = sorted(wanted.intersection(opened.namelist()))
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            found = sorted(wanted.intersection(opened.namelist()))
+    except zipfile.BadZipFile as error:
+        raise OSError(f"{archive}: {error}") from error
     return f"zip://{found[0]}::{archive}" if found else None
 
 

@@ -112,7 +112,11 @@ class Tuned:
 
 def spec_of(name: str, params: Mapping[str, Any]) -> str:
     """`NAME:key=value,...`, as `parse_method` reads it."""
-    pairs = ",".join(f"{key}={value}".replace(" ", "") for key, value in params.items())
+    texts = {
+        key: value.replace(",", "\\,") if isinstance(value, str) else str(value).replace(" ", "")
+        for key, value in params.items()
+    }
+    pairs = ",".join(f"{key}={text}" for key, text in texts.items())
     return f"{name}:{pairs}" if pairs else name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from sparse_patch import Method, get_method
 from sparse_patch_eval import models
 from sparse_patch_eval.options import choose_layers, parse_layers, split_method
 
+_SEMICOLON = re.compile(r"(?<!\\);")
 CONTINUATIONS = ("decode", "prefill")
 # What only HFLM's own loading understands, which does not read a .gguf file as we do.
 _LOADING = (
@@ -51,7 +53,7 @@ def read_method(
         raise ValueError(f"method_args={method_args!r} must map parameters to values")
     more = dict(method_args or {})
     if isinstance(method, str):
-        name, params = split_method(method.replace(";", ","))
+        name, params = split_method(_SEMICOLON.sub(",", method).replace("\\;", ";"))
     elif isinstance(method, Mapping):
         params = dict(method)
         name = params.pop("name", None)

@@ -286,7 +286,7 @@ def _resolve(name: str, cache_dir: Path | None) -> Path | str:
     alias = packaged(name, cache_dir)
     if alias is not None:
         return alias
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists():
         if path.suffix.lower() == ".gguf":
             _require_gguf()

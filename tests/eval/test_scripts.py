@@ -198,6 +198,8 @@ def test_kl_by_part_runs_parts_alone(script, part_options, tmp_path, monkeypatch
         ("compare_methods", {"targets": "0.2,2"}, "between 0 and 1"),
         ("compare_methods", {"targets": "x"}, "give numbers"),
         ("compare_methods", {"prompts": 99}, "has room for"),
+        ("compare_methods", {"texts": " ,"}, "--texts: name at least one"),
+        ("compare_methods", {"tuning_texts": "./a\\,b"}, "--tuning-texts: ./a,b cannot be read"),
         ("compare_methods", {"scored": 900}, "too short"),
         ("compare_methods", {"model": "./no/such"}, "no model folder"),
         ("compare_methods", {"method": ["a_shape:window"]}, "must be key=value"),

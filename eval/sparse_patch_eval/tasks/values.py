@@ -111,9 +111,7 @@ def prose(draw: Draw) -> Prose:
 
 @cache
 def _text(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    words = tuple(long_text(name).split())
-    if not words:
-        raise ValueError(f"the text {name!r} is empty: give a longer one as haystack")
+    words = tuple(long_text(name, option="haystack").split())
     ends = (n + 1 for n, word in enumerate(words[:-1]) if _SENTENCE_END.search(word))
     return words, (0, *ends)
 
