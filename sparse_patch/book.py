@@ -7,6 +7,7 @@ unless it is no longer ours by then.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention import STATE
-from .routing import LayerState
+from .routing import LayerState, SparsePatchWarning
 
 if TYPE_CHECKING:
     from .patching import Patch
@@ -90,6 +91,7 @@ class _Name:
 
 
 _names: MutableMapping[PreTrainedConfig, _Name] = WeakIdKeyDictionary()
+_told: MutableMapping[PreTrainedConfig, bool] = WeakIdKeyDictionary()
 
 
 def hold_names(patch: Patch, configs: Iterable[PreTrainedConfig]) -> list[tuple[Any, str | None]]:
@@ -122,6 +124,20 @@ def release_names(patch: Patch, configs: Iterable[PreTrainedConfig]) -> None:
             del _names[config]
             if is_ours(config):
                 config._attn_implementation_internal = name.before
+
+
+def warn_unless_held(config: PreTrainedConfig) -> None:
+    """Say, once for each config, that it names us although nothing is patched."""
+    if config in _names or config in _told:
+        return
+    _told[config] = True
+    warnings.warn(
+        "sparse_patch: running exact attention: this model's attn_implementation is "
+        f"{NAME!r}, but it is not patched, and the name alone chooses no method. Call "
+        "sparse_patch.patch(model, method); it works on a model loaded in the usual way.",
+        SparsePatchWarning,
+        stacklevel=2,
+    )
 
 
 def is_ours(config: PreTrainedConfig) -> bool:

@@ -17,6 +17,7 @@ from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .attention import is_recorded, refuse_tracing
+from .book import warn_unless_held
 from .sequences import CausalMask, padding_of
 
 
@@ -62,6 +63,9 @@ def mask_function(
         RuntimeError: see `attention.refuse_tracing`.
     """
     refuse_tracing()
+    config = kwargs.get("config")
+    if config is not None and not torch.compiler.is_compiling():
+        warn_unless_held(config)
     ends_with_the_queries = (
         not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
     )
@@ -71,7 +75,9 @@ def mask_function(
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         known = known and padding.shape == (batch_size, kv_length)
     if is_recorded(padding):
-        if known and mask_function is causal_mask_function and allow_is_causal_skip:
+        # Where they let us skip the mask, what they say hides nothing but by a local size.
+        wide = local_size is not None and kv_offset + kv_length <= local_size
+        if known and allow_is_causal_skip and (wide or mask_function is causal_mask_function):
             return padding  # attention, outside of the graph, will look at it
     elif known:
         first = _first_visible(mask_function, torch.arange(kv_offset + kv_length))
@@ -128,16 +134,24 @@ def _first_visible(function: Callable[..., Any], places: Tensor) -> Tensor | Non
     None where the function is not causal, or not known to hide nothing between that key and the
     query.
     """
-    if PACKING.starts is None:
+    starts = PACKING.starts
+    if starts is None:
         lower = _lower_bound(function, places)
-    else:  # as if each sequence came alone
-        PACKING.heard = True
-        starts = PACKING.starts
-        if starts.shape[1] != len(places):
-            return None
-        lower = _lower_bound(function, places - starts)
-        lower = None if lower is None else _Bound(lower.first + starts, lower.causal)
-    return lower.first if lower is not None and lower.causal else None
+        return lower.first if lower is not None and lower.causal else None
+    PACKING.heard = True
+    if starts.shape[1] != len(places):
+        return None
+    # As if each sequence came alone, unless Transformers has found them, too.
+    begin = torch.zeros_like(starts) if _is_packed(function) else starts
+    lower = _lower_bound(function, places - begin)
+    if lower is None or not lower.causal:
+        return None
+    return torch.maximum(lower.first + begin, starts)
+
+
+def _is_packed(function: Callable[..., Any]) -> bool:
+    parts = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
+    return any(_READERS.get(getattr(part, "__code__", None)) is _packed for part in parts)
 
 
 class _Bound(NamedTuple):
