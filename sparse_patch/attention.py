@@ -56,9 +56,11 @@ def attention_function(
     if torch.compiler.is_compiling() and needs_grad:
         return _outside_the_graph(q, k, v, mask, call, state), None
     if is_recorded(q) and not needs_grad:
-        if state is not None and not torch.compiler.is_compiling():
-            state.asked += 1  # a recorder may do without running the op
         layer = _NO_LAYER if state is None else state.handle
+        if not torch.compiler.is_compiling():  # but by a mode, which takes tensors made under it
+            layer = torch.tensor(-1 if state is None else state.number, device="cpu")
+            if state is not None:
+                state.asked += 1  # it may do without running the op
         return _attend_op(q, k, v, mask, layer, **call.as_arguments()), None
     return _attend(q, k, v, mask, call, state), None
 

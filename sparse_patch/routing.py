@@ -126,10 +126,10 @@ _by_handle: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDict
 class LayerState:
     """What a patched attention module carries; method None keeps the layer dense.
 
-    `asked` counts the calls that reached this layer's attention. `handle` names this object in
-    compiled graphs, which hold tensors and numbers only. It is a tensor because a number would be a
-    constant, and every layer a graph of its own. A copy gets another. `watch` takes the place of
-    `attend`.
+    `asked` counts the calls that reached this layer's attention. `number` names this object in
+    recorded graphs, which hold tensors and numbers only; in compiled ones as the tensor `handle`,
+    since a number would be a constant, and every layer a graph of its own. A copy gets another.
+    `watch` takes the place of `attend`.
     """
 
     layer: int
@@ -139,12 +139,13 @@ class LayerState:
     memories: Memories = field(default_factory=Memories, repr=False, compare=False)
     asked: int = field(default=0, compare=False)
     watch: Watch | None = field(default=None, repr=False, compare=False)
+    number: int = field(init=False, repr=False, compare=False)
     handle: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        handle = secrets.randbits(_HANDLE_BITS)
-        self.handle = torch.tensor(handle, device="cpu")
-        _by_handle[handle] = self
+        self.number = secrets.randbits(_HANDLE_BITS)
+        self.handle = torch.tensor(self.number, device="cpu")
+        _by_handle[self.number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -75,8 +75,8 @@ def attention_modules(root: PreTrainedModel) -> list[tuple[int, nn.Module]]:
         if module not in lookers and _asked_when_written(cls):
             raise ValueError(
                 f"{name}: the forward of {cls.__name__} was replaced (by one of "
-                f"{getattr(module.forward, '__module__', 'another library')}), and what runs now "
-                "does not look attention up through Transformers' AttentionInterface: a patch "
+                f"{getattr(_forward_of(module), '__module__', 'another library')}), and what runs "
+                "now does not look attention up through Transformers' AttentionInterface: a patch "
                 "would never be asked. Load the model without what replaced it."
             )
     if not lookers:
@@ -107,12 +107,17 @@ def _selects_keys_itself(root: PreTrainedModel, decoder: PreTrainedModel) -> str
 
 def looks_attention_up(module: nn.Module) -> bool:
     """Does the forward that this module runs ask AttentionInterface for its function?"""
+    cls: Any = type(module)
+    return _asks(_forward_of(module), cls)
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """The function behind a module's forward, whoever has wrapped it."""
     forward: Any = module.forward
     while isinstance(forward, functools.partial):  # as accelerate's hooks hang one on the module
         forward = getattr(forward, "__wrapped__", forward.func)
-    function = getattr(inspect.unwrap(forward), "__func__", inspect.unwrap(forward))
-    cls: Any = type(module)
-    return _asks(function, cls)
+    forward = inspect.unwrap(forward)
+    return getattr(forward, "__func__", forward)
 
 
 @functools.cache
