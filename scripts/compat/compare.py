@@ -108,7 +108,7 @@ def check(family: str) -> Row:
         sparse (of those, that ran sparse), exact (layers by reason), alone (kinds of attention
         modules that were not patched), errors, wrong and own (see `Findings`), matters (by how much
         the logits move when padding is not masked, and under a sparse method; of their spread) and
-        wide (sparse, exact and error with windows wider than the prompt).
+        wide (patched, sparse and exact with windows wider than the prompt).
     """
     try:
         model = build(family)
@@ -128,7 +128,7 @@ def _check(family: str, model: PreTrainedModel) -> Row:
     except ValueError as reason:
         same = _ZOO.snapshot(model) == before
         status = REFUSED if same else WRONG
-        wrong = [] if same else ["a refused model is not as it was"]
+        wrong = [] if same else ["refused: the model is not as it was"]
         return {"status": status, "reason": str(reason), "wrong": wrong}
     subject, found = Subject.of(model), Findings()
     row: Row = {"attention": attention, "layers": _layers(model)}
@@ -138,9 +138,9 @@ def _check(family: str, model: PreTrainedModel) -> Row:
         return {"status": NOT_BUILT, "reason": f"its own forward raises {_said(error)}"}
     if not bool(torch.isfinite(logits).all()):
         return {"status": NOT_BUILT, "reason": "its own logits are not finite"}
-    row |= _layers_of(subject)
+    row |= _layers_of(subject) | {"alone": _left_alone(model)}
     for answer in (padded_batch, long_prompt, second_turn, generated):
-        _same_patched(answer, subject, found)
+        _same_patched(answer, subject, found, _name(answer))
     _padding_is_nothing(subject, found)
     row["matters"] = _matters(subject, logits)
     sparse_patch.unpatch(model)
@@ -207,9 +207,12 @@ def _row(subject: Subject, alone: bool) -> Tensor:
 # --- comparisons ---------------------------------------------------------------------------------
 
 
-def _same_patched(answer: Answer, subject: Subject, found: Findings) -> None:
-    """Patched with a method that keeps everything, a model must answer as it does unpatched."""
-    name = answer.__name__.replace("_", " ")
+def _same_patched(answer: Answer, subject: Subject, found: Findings, name: str) -> None:
+    """Patched with a method that keeps everything, a model must answer as it does unpatched.
+
+    Args:
+        name: of the comparison.
+    """
     try:
         want = answer(subject)
     except Exception as error:
@@ -291,13 +294,8 @@ def _matters(subject: Subject, logits: Tensor) -> dict[str, float]:
 def _layers_of(subject: Subject) -> Row:
     """What each patched layer did on a padded batch; where that raises, what it did until then."""
     with sparse_patch.patch(subject.model, **KEEPS_ALL) as handle:
-        kinds = sorted(_left_alone(subject.model))
         with contextlib.suppress(Exception):  # the comparisons report it
             padded_batch(subject)
-    return {"alone": kinds, **_by_reason(handle)}
-
-
-def _by_reason(handle: sparse_patch.Patch) -> Row:
     layers = handle.report().layers
     reasons = Counter(why for layer in layers for why in layer.exact)
     reasons["not called"] = sum(not layer.calls for layer in layers)
@@ -305,33 +303,33 @@ def _by_reason(handle: sparse_patch.Patch) -> Row:
     return {"patched": len(layers), "sparse": sparse, "exact": dict(+reasons)}
 
 
-def _left_alone(model: PreTrainedModel) -> set[str]:
+def _left_alone(model: PreTrainedModel) -> list[str]:
     """Kinds of modules of the decoder that are called attention, neither patched nor in or around
     what is."""
-    patched = {module for module in model.modules() if hasattr(module, "_sparse_patch")}
+    with sparse_patch.patch(model, **KEEPS_ALL):
+        patched = {module for module in model.modules() if hasattr(module, "_sparse_patch")}
     inside = {part for module in patched for part in module.modules()}
-    return {
+    kinds = {
         type(module).__name__
         for module in model.get_decoder().modules()
         if "Attention" in type(module).__name__
         and module not in inside
         and patched.isdisjoint(module.modules())
     }
+    return sorted(kinds)
 
 
 def _wide(family: str, found: Findings) -> Row:
     """A second model, of windows that no prompt here fills: then they hide nothing."""
-    subject = Subject.of(build(family, WIDE))
-    _use_eager(subject.model)
-    want = long_prompt(subject)
     try:
-        with sparse_patch.patch(subject.model, **KEEPS_ALL) as handle:
-            got = long_prompt(subject)
-    except Exception as error:
-        found.wrong.append(f"wide windows: raises {_said(error)}")
+        subject = Subject.of(build(family, WIDE))
+    except NotBuilt as reason:
+        found.own["wide windows"] = str(reason)
         return {}
-    found.judge("wide windows", _difference(got, want))
-    return _by_reason(handle)
+    _use_eager(subject.model)
+    for answer in (padded_batch, long_prompt):
+        _same_patched(answer, subject, found, f"{_name(answer)}, wide windows")
+    return _layers_of(subject)
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -373,6 +371,10 @@ def _ids(rows: int, length: int, seed: int) -> Tensor:
 def _difference(got: Tensor, want: Tensor) -> float:
     """The largest, of the spread of what is wanted; NaN where either is not finite."""
     return float((got - want).abs().max() / want.std())
+
+
+def _name(answer: Answer) -> str:
+    return answer.__name__.replace("_", " ")
 
 
 def _said(error: Exception) -> str:

@@ -47,7 +47,7 @@ def run(families: list[str], path: Path, command: list[str]) -> None:
         done = rows.keys("family")
         if lost := next((x for x in todo if (x,) not in done), None):
             said = " ".join(ended.stderr.split())[-300:]
-            wrong = [f"its process ended with code {ended.returncode}: {said}"]
+            wrong = [f"its process: ended with code {ended.returncode}: {said}"]
             row: Row = {"family": lost, "status": WRONG, "wrong": wrong}
             rows.add(row)
             _say(row)

@@ -39,7 +39,16 @@ def verdict(row: Row) -> str:
     status = str(row["status"])
     if status == RIGHT:
         return f"{status}, {layers(row)}"
-    return f"{status}: {row['reason'] if 'reason' in row else '; '.join(row['wrong'])}"
+    return f"{status}: {row['reason'] if 'reason' in row else wrong(row)}"
+
+
+def wrong(row: Row) -> str:
+    """What is wrong, comparisons that say the same together."""
+    names: dict[str, list[str]] = {}
+    for text in row["wrong"]:
+        name, _, what = text.partition(": ")
+        names.setdefault(what, []).append(name)
+    return "; ".join(f"{', '.join(x)}: {what}" for what, x in names.items())
 
 
 def layers(row: Row) -> str:
@@ -121,7 +130,7 @@ def markdown(results: dict[str, Any]) -> str:
             "Wrong",
             [row for row in rows if row["status"] == WRONG],
             ("what",),
-            lambda row: ("; ".join(row["wrong"]),),
+            lambda row: (wrong(row),),
         ),
         _section(
             "Not checked",
@@ -148,9 +157,9 @@ def _of_all(row: Row) -> str:
 
 
 def _wide(row: Row) -> str:
-    if "wide" not in row:
+    wide = row.get("wide")
+    if not wide:
         return ""
-    wide = row["wide"]
     reasons = exact(wide["exact"])
     return f"{wide['sparse']} sparse" + (f", {reasons}" if reasons else "")
 
