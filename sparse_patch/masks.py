@@ -81,8 +81,9 @@ def mask_function(
             return padding  # attention, outside of the graph, will look at it
     elif known:
         first = _first_visible(mask_function, torch.arange(kv_offset + kv_length))
-        packed = first is not None and (first.ndim > 1 or PACKING.starts is not None)
-        if first is not None and (allow_is_causal_skip or packed):
+        # Transformers forbids to skip what it has laid over a mask itself, seen here or not.
+        short = allow_is_causal_skip or PACKING.starts is not None or _is_overlaid(mask_function)
+        if first is not None and short:
             if attention_mask is not None and bool(first.any()):
                 begins = attention_mask.int().argmax(1, keepdim=True).cpu()
                 first = first.where(first > begins, 0)  # to hide padding only is to hide nothing
@@ -142,16 +143,18 @@ def _first_visible(function: Callable[..., Any], places: Tensor) -> Tensor | Non
     if starts.shape[1] != len(places):
         return None
     # As if each sequence came alone, unless Transformers has found them, too.
-    begin = torch.zeros_like(starts) if _is_packed(function) else starts
+    begin = torch.zeros_like(starts) if _is_overlaid(function, by=_packed) else starts
     lower = _lower_bound(function, places - begin)
     if lower is None or not lower.causal:
         return None
     return torch.maximum(lower.first + begin, starts)
 
 
-def _is_packed(function: Callable[..., Any]) -> bool:
+def _is_overlaid(function: Callable[..., Any], by: Any = None) -> bool:
+    """Are packed sequences or blocks (or just what reads as `by`) part of this function?"""
     parts = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
-    return any(_READERS.get(getattr(part, "__code__", None)) is _packed for part in parts)
+    kinds = {_READERS.get(getattr(part, "__code__", None)) for part in parts}
+    return bool(kinds & ({by} if by else {_packed, _blocks}))
 
 
 class _Bound(NamedTuple):
@@ -159,6 +162,9 @@ class _Bound(NamedTuple):
 
     first: Tensor
     causal: bool
+
+
+_NOTHING = _Bound(torch.tensor(torch.iinfo(torch.int64).max, device="cpu"), True)
 
 
 def _lower_bound(function: Callable[..., Any], places: Tensor) -> _Bound | None:
@@ -185,6 +191,17 @@ def _all_of(places: Tensor, mask_functions: Iterable[Callable[..., Any]]) -> _Bo
     for bound in bounds[1:]:
         first = torch.maximum(first, bound.first)
     return _Bound(first, any(bound.causal for bound in bounds))
+
+
+def _any_of(places: Tensor, mask_functions: Iterable[Callable[..., Any]]) -> _Bound | None:
+    bounds = [_lower_bound(function, places) for function in mask_functions]
+    shown = [bound for bound in bounds if bound is not _NOTHING]
+    return shown[0] if len(shown) == 1 else None
+
+
+def _blocks(places: Tensor, block_sequence_ids: Tensor) -> _Bound | None:
+    # Tokens of a block (an image, say) see one another; -1 is in none.
+    return _NOTHING if bool((block_sequence_ids < 0).all()) else None
 
 
 def _window(places: Tensor, sliding_window: int) -> _Bound:
@@ -228,8 +245,11 @@ def _readers() -> dict[Any, Callable[..., _Bound | None]]:
         masking_utils.sliding_window_overlay(1): _window,
         masking_utils.chunked_overlay(1, none): _chunk,
         masking_utils.packed_sequence_mask_function(none): _packed,
+        masking_utils.or_masks(causal_mask_function): _any_of,
     }
-    if remap := getattr(masking_utils, "remap_positions_for_packed_sequence", None):  # came later
+    if blocks := getattr(masking_utils, "blockwise_overlay", None):  # these came later
+        made[blocks(none)] = _blocks
+    if remap := getattr(masking_utils, "remap_positions_for_packed_sequence", None):
         made[remap(causal_mask_function, none)] = _remapped
     return {getattr(function, "__code__", None): reader for function, reader in made.items()}
 

@@ -81,8 +81,8 @@ def attention_modules(root: PreTrainedModel) -> list[tuple[int, nn.Module]]:
             )
     if not lookers:
         raise ValueError(
-            f"{name}: found no causal self-attention module in its text decoder to patch; if the "
-            "decoder is nested, patch that sub-model"
+            f"{name}: found no causal self-attention module in its text decoder to patch (a "
+            "recurrent model has none); if the decoder is part of another model, patch that one"
         )
     return list(zip(_indices(lookers), lookers, strict=True))
 
@@ -100,7 +100,7 @@ def _selects_keys_itself(root: PreTrainedModel, decoder: PreTrainedModel) -> str
         if kind in NATIVE_SPARSE:
             return str(kind)
     for module in decoder.modules():
-        if re.search("Indexer|Compressor", type(module).__name__):
+        if re.search("(Indexer|Compressor)$", type(module).__name__):
             return type(module).__name__
     return None
 

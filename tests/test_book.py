@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 import sparse_patch
 from sparse_patch import SparsePatchWarning
 from sparse_patch.attention import STATE
-from tests.test_matrix import snapshot
-from tests.zoo import LAYERS, tiny_model
+from tests.zoo import LAYERS, snapshot, tiny_model
 
 ANY = {"min_length": 0, "sink": 1, "window": 9}
 

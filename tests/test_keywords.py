@@ -14,7 +14,7 @@ import sparse_patch
 from sparse_patch import routing
 from sparse_patch.attention import attention_function
 from sparse_patch.exact import Exact
-from tests.zoo import _COMMON, WINDOW, batch, tiny_model
+from tests.zoo import COMMON, WINDOW, batch, tiny_model
 
 KEEP = {"block_size": 16, "min_length": 0, "min_queries": 0}
 TENSORS = {"query", "key", "value", "attention_mask", "dropout", "scaling"}
@@ -228,7 +228,7 @@ def test_inkling_with_padding_equals_unpatched(family):
     kind = {"inkling": "Inkling", "inkling2": "Inkling2"}[family]
     if not hasattr(transformers, kind + "TextConfig"):
         pytest.skip(f"Transformers {transformers.__version__} has no {kind}")
-    sizes = _COMMON | {
+    sizes = COMMON | {
         "moe_intermediate_size": 64,
         "num_hidden_layers": 2,
         "head_dim": 16,

@@ -17,6 +17,7 @@ from tests.zoo import (
     SPARSE_LAYERS,
     batch,
     logits,
+    snapshot,
     tiny_model,
 )
 
@@ -68,18 +69,6 @@ def test_undo_is_bit_exact(model):
     sparse_patch.unpatch(model)
     assert snapshot(model) == state
     assert torch.equal(logits(model, **inputs), before)
-
-
-def snapshot(model):
-    """All attributes of all modules, and the attention names of all configs."""
-    keys = {name: sorted(module.__dict__) for name, module in model.named_modules()}
-    hooks = {name: len(module._forward_pre_hooks) for name, module in model.named_modules()}
-    names = {
-        name: module.config._attn_implementation
-        for name, module in model.named_modules()
-        if hasattr(module, "config")
-    }
-    return keys, hooks, names
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 Builder = Callable[[], PreTrainedModel]
 
@@ -42,7 +42,7 @@ PADS = 13
 
 _SLIDING_THEN_FULL = ["sliding_attention", "full_attention"] * 2
 
-_COMMON = {
+COMMON = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -95,7 +95,7 @@ def _family(
     def build() -> PreTrainedModel:
         if not hasattr(tf, prefix + config):
             raise NoSuchFamily(f"Transformers {tf.__version__} has no {prefix + config}")
-        settings = getattr(tf, prefix + config)(**{**_COMMON, **options})
+        settings = getattr(tf, prefix + config)(**{**COMMON, **options})
         return getattr(tf, prefix + model)(settings)
 
     return build
@@ -111,7 +111,7 @@ def _gemma3_vlm() -> PreTrainedModel:
         image_size=16,
         patch_size=4,
     )
-    text = tf.Gemma3TextConfig(**{**_COMMON, **_GEMMA3})
+    text = tf.Gemma3TextConfig(**{**COMMON, **_GEMMA3})
     return tf.Gemma3ForConditionalGeneration(
         tf.Gemma3Config(
             text_config=text,
@@ -219,7 +219,7 @@ EXTRA_FAMILIES: dict[str, Builder] = {
 
 
 @torch.no_grad()
-def _sharpen(model: PreTrainedModel) -> None:
+def sharpen(model: PreTrainedModel) -> None:
     """Move parameters that the initialiser leaves constant or too small, and tame the logits."""
     for name, weight in model.named_parameters():
         if name.endswith("q_norm.weight"):  # otherwise the norm undoes the large projections
@@ -229,7 +229,9 @@ def _sharpen(model: PreTrainedModel) -> None:
         elif name.endswith(("bias", "mm_input_projection_weight")):
             weight.normal_(0.0, 0.2)
     # Logits of magnitude 1: a tolerance in absolute terms then means the same for every family.
-    model.get_output_embeddings().weight /= 5
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    if head is not None:
+        head /= 5
 
 
 def tiny_model(name: str, attn_implementation: str = "eager") -> PreTrainedModel:
@@ -249,7 +251,7 @@ def build(name: str, attn_implementation: str = "eager") -> PreTrainedModel:
     """As `tiny_model`, but raises NoSuchFamily where that skips the test."""
     torch.manual_seed(0)
     model = (FAMILIES | EXTRA_FAMILIES)[name]().eval()
-    _sharpen(model)
+    sharpen(model)
     if attn_implementation != "eager":
         model.set_attn_implementation(attn_implementation)
     model.generation_config.eos_token_id = None
@@ -270,3 +272,15 @@ def batch(length: int = 40) -> dict[str, torch.Tensor]:
 def logits(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """float32 `[batch, seq, vocabulary]`"""
     return model(**inputs).logits
+
+
+def snapshot(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:
+    """All attributes of all modules, and the attention names of all configs."""
+    keys = {name: sorted(module.__dict__) for name, module in model.named_modules()}
+    hooks = {name: len(module._forward_pre_hooks) for name, module in model.named_modules()}
+    names = {
+        name: module.config._attn_implementation
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "config", None), PreTrainedConfig)
+    }
+    return keys, hooks, names

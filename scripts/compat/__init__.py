@@ -1,0 +1,1 @@
+"""Every family of Transformers, tiny, patched and compared with itself unpatched."""
