@@ -49,16 +49,10 @@ class Book:
         return [state for state in carried if state is not None]
 
     def hang_latest(self) -> None:
-        """Give each module the state of the latest patch that holds it; of none, nothing."""
+        """Give each module the state of the latest patch that holds it; of none, None."""
+        latest = {id(module): state for patch in self.patches for module, state in patch._states}
         for module in self.modules:
-            held = (states.get(id(module)) for states in self._states_by_module())
-            setattr(module, STATE, next((state for state in held if state is not None), None))
-
-    def _states_by_module(self) -> list[dict[int, LayerState]]:
-        return [
-            {id(module): state for module, state in patch._states}
-            for patch in reversed(self.patches)
-        ]
+            setattr(module, STATE, latest.get(id(module)))
 
 
 def book_of(decoder: PreTrainedModel) -> Book | None:

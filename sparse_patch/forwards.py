@@ -6,8 +6,10 @@ know of. After: was every patched layer asked? Around an attention module: which
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +24,28 @@ from .routing import LayerState
 from .sequences import CausalMask
 
 
-class _Entered(threading.local):
-    """The forwards that run in this thread, innermost last: calls of each layer before them."""
+@dataclass
+class _Forward:
+    """A forward of `decoder` that runs.
+
+    Attributes:
+        asked: its layers, and how often each had been asked before.
+        outer: what `PACKING` said before.
+    """
+
+    decoder: PreTrainedModel
+    asked: list[tuple[LayerState, int]]
+    outer: tuple[Tensor | None, bool]
+
+
+class _Running(threading.local):
+    """The forwards of this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.asked: list[list[tuple[LayerState, int]]] = []
+        self.forwards: list[_Forward] = []
 
 
-_entered = _Entered()
+_running = _Running()
 
 
 def hook_decoder(decoder: PreTrainedModel) -> list[Any]:
@@ -58,16 +74,20 @@ def _before(decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None
     book = book_of(decoder)
     if torch.compiler.is_compiling() or book is None:
         return
-    _entered.asked.append([(state, state.asked) for state in book.states()])
-    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    PACKING.starts, PACKING.heard = _packed_starts(given | given.get("kwargs", {})), False
+    asked = [(state, state.asked) for state in book.states()]
+    _running.forwards.append(_Forward(decoder, asked, (PACKING.starts, PACKING.heard)))
+    PACKING.starts, PACKING.heard = None, False
+    cls: Any = type(decoder)
+    by_name = dict(zip(_parameters(cls), args, strict=False))
+    PACKING.starts = _packed_starts(by_name | kwargs)
 
 
 def _after(decoder: PreTrainedModel, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling() or not _entered.asked:
+    forwards = _running.forwards
+    if torch.compiler.is_compiling() or not forwards or forwards[-1].decoder is not decoder:
         return
-    unheard, PACKING.starts = PACKING.starts is not None and not PACKING.heard, None
-    before = _entered.asked.pop()
+    forward, unheard = forwards.pop(), PACKING.starts is not None and not PACKING.heard
+    PACKING.starts, PACKING.heard = forward.outer
     if output is None:  # an error is on its way
         return
     if unheard:
@@ -77,9 +97,15 @@ def _after(decoder: PreTrainedModel, args: Any, output: Any) -> None:
             "have seen one another. Give it one sequence at a time."
         )
     book = book_of(decoder)
-    silent = [state for state, asked in before if state.asked == asked]
+    silent = [state for state, asked in forward.asked if state.asked == asked]
     if book is not None and silent:
         _warn_not_asked(book, silent)
+
+
+@functools.cache
+def _parameters(cls: Any) -> tuple[str, ...]:
+    """What the positional arguments of a decoder's forward are called."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def _warn_not_asked(book: Book, silent: list[LayerState]) -> None:

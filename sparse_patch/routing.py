@@ -24,7 +24,7 @@ from .budget import Bill, Budget
 from .decoding import Memories
 from .diagnostics import recall
 from .registry import Method
-from .sequences import Span
+from .sequences import CausalMask, Span
 
 # Reasons for an exact call -> what a user should know, where it is not simply as it should be.
 # The texts are shown once per patch; a reason without one is routine and only counted.
@@ -346,7 +346,7 @@ class Call:
             RuntimeError: one that is not known, or that says something we cannot do.
         """
         _refuse_keywords(kw, mask)
-        causal = kw.get("is_causal")
+        causal = True if isinstance(mask, CausalMask) else kw.get("is_causal")  # a mask has it
         sinks = kw.get("s_aux")
         sinks = kw.get("sinks") if sinks is None else sinks
         return cls(

@@ -406,8 +406,9 @@ def model_of(family: str, dtype: torch.dtype) -> Any:
 
 
 def check_model(number: int) -> str:
-    """A padded row equals its single run, and goes on as that; `dense` equals eager, in one piece
-    and in chunks."""
+    """A padded row equals its single run, and goes on as that; so do packed ones. `dense` equals
+    eager, in one piece and in chunks; windows and chunks are of any width (from 2 on: Transformers'
+    own cache keeps too much of 1)."""
     draw = Draw(number)
     family = draw.one_of(*FAMILIES)
     dense = draw.chance(0.4) or family in ROUTED
@@ -430,25 +431,30 @@ def check_model(number: int) -> str:
     side = draw.one_of(*sides)
     ids, mask = padded(draw, rows, side)
     more = draw_more(draw, len(rows)) if side == "left" or family not in SLIDING else []
-    model = model_of(family, dtype)
+    model, local = model_of(family, dtype), draw.one_of(8, draw.integer(2, 300))
+    if family in SLIDING:
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config.sliding_window = module.config.attention_chunk_size = local
     options = {"min_length": draw.one_of(0, 0, 60), "min_queries": draw.one_of(0, 16)}
     params = {} if dense and draw.chance(0.5) else dict(SPARSE[name])
     says = (
         f"model: {family}, {name}, {dtype}, {side}, rows {[len(row) for row in rows]}, then "
-        f"{[part.shape[1] for part in more]}, {options}"
+        f"{[part.shape[1] for part in more]}, windows of {local}, {options}"
     )
     # Two experts may be equally good for a token.
     share = 0.5 if family in ROUTED else 1.0
     near = functools.partial(assert_near, tolerance=TOLERANCE[dtype], share=share)
     try:
         with sparse_patch.patch(model, name, dense_layers=0, **options, **params):
-            batch = turns(model, ids, mask, more)
+            batch, packed = turns(model, ids, mask, more), in_one_row(model, rows)
             for row, tokens in enumerate(rows):
                 alone = turns(
                     model, tokens[None], torch.ones_like(tokens)[None], [x[row, None] for x in more]
                 )
                 real = torch.cat([mask[row], torch.ones_like(batch[row, mask.shape[1] :, 0])])
                 near(batch[row, real.bool()], alone[0], what="a padded row and its single run")
+                near(packed[row], alone[0, : len(tokens)], what="a packed row and its single run")
             chunked = in_chunks(draw, model, rows[0][None]) if dense else None
         if dense:
             real = torch.cat([mask, torch.ones_like(batch[:, mask.shape[1] :, 0])], 1).bool()
@@ -489,6 +495,15 @@ def turns(model: Any, ids: Tensor, mask: Tensor, more: list[Tensor]) -> Tensor:
         inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         parts.append(model(part, **inputs).logits)
     return torch.cat(parts, 1)
+
+
+@torch.no_grad()
+def in_one_row(model: Any, rows: list[Tensor]) -> tuple[Tensor, ...]:
+    """`[seq, vocabulary]` of each of several sequences that are packed into a row."""
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    logits = model(torch.cat(rows)[None], position_ids=positions).logits[0]
+    parts: tuple[Tensor, ...] = logits.split([len(row) for row in rows])
+    return parts
 
 
 @torch.no_grad()
