@@ -8,13 +8,16 @@ A page holds a marker, alone on its line, in whose place comes what is read from
     <!-- scripts -->             the scripts that measure, and what each does
     <!-- exact: silent -->       reasons for which a call runs exact, without a warning
     <!-- exact: warned -->       the same with one, and what it says
+    <!-- readme -->              README.md, which is the first page
 
-Tables and figures under `results/` become pages of the site, so that links to them work.
+Tables and figures under `results/`, and documents beside README.md, become pages of the site.
+Links are written as files lie in the repository; the site has them where they lie in it.
 """
 
 from __future__ import annotations
 
 import ast
+import posixpath
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,27 +34,49 @@ from sparse_patch.routing import REASONS
 
 ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"^<!-- ([a-z]+)(?:: (\w+))? -->$", re.MULTILINE)
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+BESIDE_README = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what was measured: the tables, and the figures beside them."""
-    for path in sorted((ROOT / "results").rglob("*")):
-        if path.suffix in (".md", ".png"):
-            name = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, name, abs_src_path=str(path)))
+    """Add what lies outside of `docs/`: tables and figures of results, documents of the project."""
+    results = (path for path in (ROOT / "results").rglob("*") if path.suffix in (".md", ".png"))
+    for path in sorted([*results, *(ROOT / name for name in BESIDE_README)]):
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Replace the markers; title tables of results by their path, and keep them from the search.
+    """Replace markers and links; title tables of results by their path, and do not search them.
 
     Raises:
         KeyError: a marker has no such name.
     """
-    if page.file.src_uri.startswith("results/"):
+    source = Path(page.file.abs_src_path or "").relative_to(ROOT).as_posix()
+    if source.startswith("results/"):
         page.meta["search"] = {"exclude": True}
-        return markdown if markdown.startswith("# ") else f"# {page.file.src_uri}\n\n{markdown}"
-    return MARKER.sub(lambda found: FILLERS[found[1]](found[2] or ""), markdown)
+        return markdown if markdown.startswith("# ") else f"# {source}\n\n{markdown}"
+    markdown = MARKER.sub(lambda found: FILLERS[found[1]](found[2] or ""), markdown)
+    return site_links(markdown, source if source != "docs/index.md" else "README.md")
+
+
+def site_links(markdown: str, source: str) -> str:
+    """Links of a page that lies at `source` in the repository, as the site needs them.
+
+    What lies in `docs/` lies at the root of the site, and so does all else.
+    """
+    folder = posixpath.dirname(source.removeprefix("docs/"))
+
+    def moved(found: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[1]))
+        return posixpath.relpath(target.removeprefix("docs/"), folder or ".")
+
+    return LINK.sub(moved, markdown)
+
+
+def readme(_: str) -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def parameters(name: str) -> str:
@@ -122,6 +147,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 FILLERS: dict[str, Callable[[str], str]] = {
+    "readme": readme,
     "parameters": parameters,
     "methods": methods,
     "commands": commands,

@@ -18,16 +18,17 @@ from tests.zoo import tiny_model
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+README = ROOT / "README.md"
 HOLE = "…"
 
 # A block, and the comment on the line before it, if there is one.
-BLOCK = re.compile(r"^(?:<!-- (?P<why>.*) -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^(?:<!-- (?P<why>[^\n]*) -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
 # One or more lines with a message each, and what follows from them.
 ENTRY = re.compile(r"^(`{1,2})(?P<message>[^`].*?)\1\n(?=`|:   )", re.M)
 
 
 def name_of(page):
-    return page.relative_to(DOCS).as_posix()
+    return page.relative_to(ROOT).as_posix()
 
 
 def runnable(page):
@@ -49,7 +50,7 @@ def methods_as_they_were(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if runnable(p).strip()], ids=name_of)
+@pytest.mark.parametrize("page", [p for p in [README, *PAGES] if runnable(p).strip()], ids=name_of)
 @pytest.mark.usefixtures("methods_as_they_were")
 def test_examples_run(page, tmp_path, monkeypatch):
     """They find `model`, a tiny Llama, and `input_ids` for it."""
@@ -63,7 +64,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
     sparse_patch.unpatch(model)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=name_of)
 def test_python_blocks_compile(page):
     for block in BLOCK.finditer(page.read_text()):
         compile(block["code"], str(page), "exec")
@@ -76,6 +77,35 @@ def test_blocks_are_found():
     for page in PAGES:
         text = page.read_text()
         assert len(BLOCK.findall(text)) == text.count("```python"), page
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)(?:#([^)\s]+))?\)")
+
+
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *PAGES], ids=name_of)
+def test_links_lead_to_files_of_the_repository(page):
+    """As on GitHub; the site's are checked when it is built."""
+    for target, heading in LINK.findall(page.read_text()):
+        file = page.parent / target
+        assert file.is_file(), target
+        if heading and "::: " not in file.read_text():  # headings that come from the code
+            assert heading in headings_of(file), f"{target}#{heading}"
+
+
+def headings_of(page):
+    """What links to headings say after `#`; commands become headings of the site only."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    names = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    if "<!-- commands -->" in page.read_text():
+        names |= {f"sparse-patch-{command}" for command in ("eval", "inspect", "tune")}
+    return names
+
+
+def test_the_readme_is_short_and_the_first_page_of_the_site():
+    assert len(README.read_text().splitlines()) <= 180
+    assert (DOCS / "index.md").read_text() == "<!-- readme -->\n"
 
 
 # --- methods -------------------------------------------------------------------------------------
@@ -134,6 +164,7 @@ def test_every_message_in_troubleshooting_is_one_of_ours():
     assert len(quotes) > 60
     assert all(len(re.findall(r"\w+", quote)) >= 2 for quote in quotes)
     sources = messages_in_sources()
+    sources |= {f"sparse_patch: {message}" for message in sources}  # as say_once puts it
     unknown = [q for q in quotes if not any(is_quoted_from(q, message) for message in sources)]
     assert unknown == []
 
