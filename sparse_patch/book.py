@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention import STATE
-from .routing import LayerState, SparsePatchWarning
+from .layer import LayerState
+from .routing import SparsePatchWarning
 
 if TYPE_CHECKING:
     from .patching import Patch

@@ -131,23 +131,24 @@ class Budget:
 
 @dataclass
 class Bill:
-    """One call of one layer, and what it costs.
-
-    In this order: `why_exact`; if nothing speaks for exact attention, `start`, plan, `judge`, run
-    the op, `finish`. Exact attention runs between `start` and `finish_exact`.
+    """One call of one layer, and what it costs: `why_exact` before it, `settle` after it, and in
+    between, if a plan is made, `why_not`.
 
     Attributes:
-        density: of the plan.
-        planning: seconds that the plan took.
+        plan: the one that was made; `density` is its.
     """
 
     budget: Budget
     layer: int
     work: Work
     costs: CostModel
+    plan: BlockPlan | None = None
     density: float = 1.0
-    planning: float = 0.0
-    _started: float = 0.0
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds, of any origin."""
+        return self.budget.clock
 
     @property
     def exact(self) -> float:
@@ -174,45 +175,44 @@ class Bill:
                 return "did not pay before"
         return "did not pay before" if budget.credit < needed else None
 
-    def start(self) -> None:
-        """Planning, or exact attention, begins."""
-        self._started = self.budget.clock()
+    def why_not(self, plan: BlockPlan | None) -> str | None:
+        """The reason not to run this plan, or None."""
+        if plan is None:
+            return "method"
+        self.plan, self.density = plan, plan.density
+        return "keeps too much" if self._op() >= (1 - LEAST_SAVED) * self.exact else None
 
-    def judge(self, plan: BlockPlan | None) -> str | None:
-        """The plan is made: the reason to run exact nevertheless, or None; then the op begins."""
-        if plan is not None:
-            self.density = plan.density
-        self.planning = self.budget.clock() - self._started
-        if plan is not None and self._op(plan) < (1 - LEAST_SAVED) * self.exact:
-            self.start()
-            return None
-        self._book(self.exact)
-        return "method" if plan is None else "keeps too much"
-
-    def finish(self, plan: BlockPlan) -> None:
-        """The op has run."""
-        expected, ops = self._op(plan), self.budget.ops
-        _note(ops, (self.budget.clock() - self._started) / expected)
-        ratio = statistics.median_low(ops) if ops else 1.0
-        self._book(expected * ratio / self.budget.pace())
-
-    def finish_exact(self) -> None:
-        """Exact attention has run."""
-        _note(self.budget.paces, (self.budget.clock() - self._started) / self.exact)
-        self.budget.unpaced = 0
-
-    def _op(self, plan: BlockPlan) -> float:
-        return self.costs.sparse_seconds(self.work, self.density, plan)
-
-    def _book(self, attending: float) -> None:
-        """Enter the plan into the account.
+    def settle(self, planning: float | None, op: float | None, exact: float | None) -> None:
+        """The call is over: enter what it cost.
 
         Args:
+            planning, op, exact: seconds that each took; None: it did not come to that.
+        """
+        budget = self.budget
+        if op is not None:
+            expected = self._op()
+            _note(budget.ops, op / expected)
+            ratio = statistics.median_low(budget.ops) if budget.ops else 1.0
+            attending = expected * ratio / budget.pace()
+        if planning is not None:
+            self._book(planning, self.exact if op is None else attending)
+        if exact is not None:
+            _note(budget.paces, exact / self.exact)
+            budget.unpaced = 0
+
+    def _op(self) -> float:
+        return self.costs.sparse_seconds(self.work, self.density, self.plan)
+
+    def _book(self, planning: float, attending: float) -> None:
+        """Enter a plan into the account.
+
+        Args:
+            planning: seconds that it took.
             attending: seconds of attention after it, at the pace at which costs were measured.
         """
         budget = self.budget
         plans = budget.plans.setdefault(_size(self.work), deque(maxlen=LATEST))
-        plans.append(self.planning / budget.pace() / self.work.pairs)
+        plans.append(planning / budget.pace() / self.work.pairs)
         planning = statistics.median_low(plans) * self.work.pairs
         gain = self.exact - planning - attending
         budget.save(gain, self.exact)

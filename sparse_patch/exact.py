@@ -41,7 +41,7 @@ class Exact:
     bias: Tensor | None = None
     dropout: float = 0.0
 
-    def __call__(
+    def attend(
         self,
         q: Tensor,
         k: Tensor,

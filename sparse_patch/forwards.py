@@ -19,8 +19,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention import STATE
 from .book import Book, book_of, is_ours
+from .layer import LayerState
 from .masks import PACKING, starts_of
-from .routing import LayerState
 from .sequences import CausalMask
 
 

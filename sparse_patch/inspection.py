@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from sparse_patch_kernels import BlockPlan, block_sparse_attention, choose_backend
+from sparse_patch_kernels import BlockPlan
 from torch import Tensor, nn
 
-from .attention import exact_of
+from .call import Call
+from .layer import LayerState, Run
 from .patching import latest_method, patch
 from .registry import Method
-from .routing import Call, LayerState
 
 
 @dataclass(frozen=True)
@@ -239,11 +239,11 @@ def inspect(
             dense, dense_seconds = _prefill(model, given)
         with patch(model, chosen, min_length=min_length, min_queries=0, **options) as handle:
             sparse, sparse_seconds = _prefill(model, given)
-            handle.watch(eye.look)
+            handle.observe(eye.look)
             _prefill(model, given)
     seen = {view.layer: view for view in eye.views}
     views = [
-        seen.get(report.layer, LayerView(report.layer, ", ".join(report.exact)))
+        seen.get(report.layer, LayerView(report.layer, ", ".join(report.exact) or "in chunks"))
         for report in handle.report().layers
     ]
     log_p, log_q = dense.log_softmax(-1), sparse.log_softmax(-1)
@@ -282,6 +282,7 @@ class _Eye:
         self, tokens: int, rows: int, resolution: int, on_layer: Callable[[int], None] | None
     ) -> None:
         self.views: list[LayerView] = []
+        self._tokens = tokens
         self.band = max(1, -(-tokens // resolution))
         bands = -(-tokens // self.band)
         per_band = self.band if rows == 0 else max(1, min(self.band, rows // bands))
@@ -296,25 +297,18 @@ class _Eye:
         self.n_rows = sum(map(len, self._positions))
         self._on_layer = on_layer
 
-    def look(self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | str:
-        """What `LayerState.attend` is: the exact output, or the reason for no other."""
-        assert state.method is not None
-        start = time.perf_counter()
-        plan = state.method.plan(q, k, scale=call.scale, q_offset=k.shape[1] - q.shape[1])
-        _wait(q)
-        plan_seconds = time.perf_counter() - start
-        if plan is None:
-            return "method"
-        start = time.perf_counter()
-        out = block_sparse_attention(
-            q, k, v, plan, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
-            backend=choose_backend(state.options.backend, q.device),
-        )  # fmt: skip
-        _wait(q)
-        op_seconds = time.perf_counter() - start
-        exact = exact_of(call)(q[None], k[None], v[None])[0]
-        view = self._view(state.layer, q, k, plan, call, out, exact)
-        self.views.append(replace(view, plan_seconds=plan_seconds, op_seconds=op_seconds))
+    def look(
+        self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, call: Call, run: Run
+    ) -> Tensor:
+        """See `layer.Observer`: the exact output goes on to the next layer."""
+        exact = call.attend(q[None], k[None], v[None])[0]
+        if q.shape[1] != self._tokens:  # a chunk of it
+            return exact
+        assert run.plan is not None
+        assert run.out is not None
+        view = self._view(state.layer, q, k, run.plan, call, run.out, exact)
+        planning, attending = run.planning or 0.0, run.attending or 0.0
+        self.views.append(replace(view, plan_seconds=planning, op_seconds=attending))
         if self._on_layer is not None:
             self._on_layer(state.layer)
         return exact
@@ -388,8 +382,3 @@ class _Eye:
         pad = len(self._positions) * self.band - x.shape[-1]
         x = torch.nn.functional.pad(x, (0, pad))
         return x.reshape(*x.shape[:-1], -1, self.band).sum(-1)
-
-
-def _wait(x: Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)

@@ -34,11 +34,12 @@ from .book import (
 from .budget import ELSEWHERE_MIN_LENGTH, Budget
 from .costs import CostModel, of_this_machine
 from .forwards import hook_decoder, hook_steps
+from .layer import LayerState, Observer
 from .masks import mask_function
 from .profiles import Auto, Profile, shape_of
 from .registry import Method, get_method
 from .reporting import Report, make_report
-from .routing import LayerState, Options, Watch
+from .routing import Options
 from .targets import (
     attention_modules,
     computing_devices,
@@ -193,10 +194,10 @@ class Patch:
         """What this patch did so far, per layer. Still there after `remove()`."""
         return make_report(repr(self.method), (state for _, state in self._states))
 
-    def watch(self, watch: Watch) -> None:
-        """From now on let `watch` attend in place of the layers of this patch."""
+    def observe(self, observer: Observer | None) -> None:
+        """Show `observer` what each sparse prefill call gives; it returns what to go on with."""
         for _, state in self._states:
-            state.watch = watch
+            state.observer = observer
 
     def remove(self) -> None:
         """Take this patch out, and restore what was before it. A second call does nothing."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .routing import LayerState
+from .layer import LayerState
 
 
 @dataclass(frozen=True)

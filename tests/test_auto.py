@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sparse_patch
-from sparse_patch import budget, patching, routing
+from sparse_patch import budget, layer, patching, routing
 from sparse_patch.costs import CostModel, Rate
 from tests.zoo import tiny_model
 
@@ -70,9 +70,9 @@ def test_where_it_never_pays_the_answer_is_that_of_dense(llama, costs):
 
 def test_exact_attention_runs_the_cheaper_way(llama, monkeypatch):
     by_op = []
-    op = sparse_patch.attention.block_sparse_attention
+    op = layer.block_sparse_attention
     monkeypatch.setattr(
-        sparse_patch.attention,
+        layer,
         "block_sparse_attention",
         lambda *args, **more: by_op.append(args[3].sink) or op(*args, **more),
     )

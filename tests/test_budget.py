@@ -44,24 +44,22 @@ FEW, ALL = plan(0.1), plan(1.0)
 
 
 def call(budget, clock, *, layer=0, planning=0.0, made=FEW, pace=1.0, n=N):
-    """One call as routing and attention do it; times are in exact calls at pace 1.
+    """One call as a layer makes it; times are in exact calls at pace 1.
 
     Returns the reason for an exact call, or None.
     """
     q = torch.zeros(1, n, 16)
     bill = budget.bill(layer, q, q, q, plain=True)
+    planned = op = exact = None
     reason = bill.why_exact()
     if reason is None:
-        bill.start()
-        clock.now += planning * bill.exact * pace
-        reason = bill.judge(made)
-        if reason is None:
-            clock.now += made.density * bill.exact * pace
-            bill.finish(made)
-            return None
-    bill.start()
-    clock.now += bill.exact * pace
-    bill.finish_exact()
+        planned, reason = planning * bill.exact * pace, bill.why_not(made)
+    if reason is None:
+        op = made.density * bill.exact * pace
+    else:
+        exact = bill.exact * pace
+    clock.now += sum(filter(None, (planned, op, exact)))
+    bill.settle(planned, op, exact)
     return reason
 
 

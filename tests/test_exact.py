@@ -68,7 +68,7 @@ def test_equals_the_formula(exact, q_len, chunked, monkeypatch):
         monkeypatch.setattr("sparse_patch.exact._CHUNK_ELEMENTS", 7 * 40 * B * H)
     exact, (q, k, v) = cut(exact, q_len), inputs(q_len, 40)
     want = formula(q, k, v, exact).float()
-    torch.testing.assert_close(exact(q, k, v), want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(exact.attend(q, k, v), want, atol=2e-6, rtol=0)
 
 
 def cut(exact, q_len):
@@ -98,7 +98,7 @@ def test_a_first_key_hides_those_before_it(exact, kind, q_len, monkeypatch):
     first = FIRST[kind](torch.arange(40 - q_len, 40))
     exact, (q, k, v) = cut(exact, q_len), inputs(q_len, 40)
     want = formula(q, k, v, exact, first=first).float()
-    torch.testing.assert_close(exact(q, k, v, first=first), want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(exact.attend(q, k, v, first=first), want, atol=2e-6, rtol=0)
 
 
 def test_a_window_takes_memory_by_its_width():
@@ -106,7 +106,7 @@ def test_a_window_takes_memory_by_its_width():
     q, k, v = (torch.randn(1, 1, n, 8) for _ in range(3))
     first = (torch.arange(n) - window + 1).clamp(min=0)
     for exact in (Exact(), Exact(softcap=5.0)):
-        assert largest_tensor(lambda e=exact: e(q, k, v, first=first)) <= n * 8
+        assert largest_tensor(lambda e=exact: e.attend(q, k, v, first=first)) <= n * 8
 
 
 @pytest.mark.parametrize("exact", [Exact(), Exact(softcap=2.0), Exact(sinks=SINKS)])
@@ -118,7 +118,7 @@ def test_a_mask_replaces_causality(exact, kind):
     if kind == "float":
         mask[:, :, 3, 0] = True
         mask = torch.where(mask, torch.randn(mask.shape), float("-inf"))
-    got = exact(q, k, v, mask)  # the mask of a static cache may be longer than the keys
+    got = exact.attend(q, k, v, mask)  # the mask of a static cache may be longer than the keys
     want = formula(q, k, v, exact, mask[..., :40]).float()
     torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
 
@@ -126,7 +126,7 @@ def test_a_mask_replaces_causality(exact, kind):
 def test_low_precision_runs_explicit_softmax_in_float32():
     q, k, v = inputs(23, 40, torch.bfloat16)
     exact = Exact(softcap=5.0, sinks=SINKS)
-    got = exact(q, k, v)
+    got = exact.attend(q, k, v)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), formula(q, k, v, exact), atol=1e-2, rtol=0)
 
@@ -135,7 +135,7 @@ def test_low_precision_runs_explicit_softmax_in_float32():
 def test_gradients_flow(exact):
     q, k, v = (x.double().requires_grad_() for x in inputs(6, 9))
     weights = torch.randn(B, H, 6, DV).double()
-    got = torch.autograd.grad((exact(q, k, v) * weights).sum(), (q, k, v))
+    got = torch.autograd.grad((exact.attend(q, k, v) * weights).sum(), (q, k, v))
     want = torch.autograd.grad((formula(q, k, v, exact) * weights).sum(), (q, k, v))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
@@ -145,7 +145,7 @@ def test_dropout_drops_and_rescales():
     torch.manual_seed(0)
     q, k, v = inputs(23, 40)
     ones = torch.ones_like(v)
-    out = Exact(softcap=5.0, dropout=0.5)(q, k, ones)
+    out = Exact(softcap=5.0, dropout=0.5).attend(q, k, ones)
     assert out.std() > 0.05
     assert abs(float(out.mean()) - 1) < 0.1
 
@@ -153,4 +153,4 @@ def test_dropout_drops_and_rescales():
 def test_more_causal_queries_than_keys_is_an_error():
     q, k, v = inputs(23, 10)
     with pytest.raises(ValueError, match="23 queries over 10 keys"):
-        Exact()(q, k, v)
+        Exact().attend(q, k, v)

@@ -11,7 +11,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
 import sparse_patch
-from sparse_patch import routing
+from sparse_patch import call
 from sparse_patch.attention import attention_function
 from sparse_patch.exact import Exact
 from tests.zoo import COMMON, WINDOW, batch, tiny_model
@@ -21,7 +21,7 @@ TENSORS = {"query", "key", "value", "attention_mask", "dropout", "scaling"}
 
 
 def understood(name):
-    known = routing._HANDLED | routing._IN_THE_MASK | routing._ELSEWHERE | routing._SELECTS_KEYS
+    known = call._HANDLED | call._IN_THE_MASK | call._ELSEWHERE | call._SELECTS_KEYS
     return name in known | TENSORS | {"cache"}
 
 
@@ -88,7 +88,7 @@ def truth(q, k, v, real, bias=None, sinks=None):
         own_sinks = sinks[row, :, queries] if sinks is not None and sinks.ndim > 1 else sinks
         exact = Exact(bias=None if bias is None else own_bias, sinks=own_sinks)
         cut = q[row, :, queries], k[row, :, keys], v[row, :, keys]
-        out[i, :, queries] = exact(*cut)[0]
+        out[i, :, queries] = exact.attend(*cut)[0]
     return out.transpose(1, 2)
 
 
@@ -128,7 +128,7 @@ def test_sinks_by_query_are_exact_and_counted():
     with sparse_patch.patch(model, "dense", **KEEP) as handle, torch.no_grad():
         with pytest.warns(sparse_patch.SparsePatchWarning, match="sinks that depend on the query"):
             got, _ = attention_function(module, q, k, v, None, sinks=sinks)
-    want = Exact(sinks=sinks[..., 0])(q, k, v).transpose(1, 2)
+    want = Exact(sinks=sinks[..., 0]).attend(q, k, v).transpose(1, 2)
     torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
     assert handle.report().exact == {"sinks by query": 1}
 

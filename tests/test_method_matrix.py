@@ -10,7 +10,16 @@ import torch
 
 import sparse_patch
 from tests.methods.examples import KEEP_ALL, SPARSE
-from tests.zoo import FAMILIES, LAYERS, PADS, SPARSE_LAYERS, batch, logits, tiny_model
+from tests.zoo import (
+    CHUNKED_LAYERS,
+    FAMILIES,
+    LAYERS,
+    PADS,
+    SPARSE_LAYERS,
+    batch,
+    logits,
+    tiny_model,
+)
 
 LENGTH = 150
 
@@ -57,7 +66,8 @@ def test_a_padded_row_chooses_as_the_row_alone(family, name):
     assert bool(torch.isfinite(padded).all())
     assert (padded - alone).abs().max() <= 1e-5
     sparse = [layer for layer in report.layers if layer.sparse_calls]
-    assert len(sparse) == SPARSE_LAYERS.get(family, LAYERS)
+    all_of_them = SPARSE_LAYERS.get(family, LAYERS)  # but a chunk may be too short for a method
+    assert all_of_them - CHUNKED_LAYERS.get(family, 0) <= len(sparse) <= all_of_them
     if sparse and name != "dense":
         assert report.density < 1
         different = (padded - eager(family)[0, PADS:]).abs().max()

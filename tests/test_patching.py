@@ -11,7 +11,7 @@ from sparse_patch_kernels import BackendUnavailable
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import sparse_patch
-from sparse_patch import SparsePatchWarning, patching, routing
+from sparse_patch import SparsePatchWarning, call, layer, patching, routing
 from sparse_patch.attention import attention_function
 from tests.zoo import tiny_model
 
@@ -252,10 +252,15 @@ def test_methods_get_plain_tensors_whatever_the_mask_is(llama):
     params = {"mask_k": 32, "block_q": 16, "block_k": 4, "sink": 4, "window": 16}
     with sparse_patch.patch(llama, "hip", min_length=0, dense_layers=0, **params) as handle:
         kinds = set()
-        handle.watch(lambda state, *tensors: kinds.update(map(type, tensors[:3])) or "method")
+
+        def look(state, q, k, v, call, run):
+            kinds.update(map(type, (q, k, v, run.out)))
+            return run.out
+
+        handle.observe(look)
         logits(llama, ids, attention_mask=mask, position_ids=positions)
         assert kinds == {torch.Tensor}
-        handle.watch(None)
+        handle.observe(None)
         got = logits(llama.double(), ids, attention_mask=mask, position_ids=positions)[0, 90:]
         torch.testing.assert_close(got, logits(llama, short)[0, 50:], atol=1e-9, rtol=0)
 
@@ -414,16 +419,16 @@ def test_nan_in_q_runs_exact_and_warns(llama):
 
 
 def test_on_a_gpu_one_infinity_in_a_key_shows_in_every_row(monkeypatch):
-    monkeypatch.setattr(routing, "_waits", lambda x: True)
+    monkeypatch.setattr(layer, "waits", lambda x: True)
     q, k, v = (torch.randn(2, 256, 16) for _ in range(3))
     k[1, -1, 3] = float("inf")  # which no row but the last sees
     options = routing.Options(0, 1, "auto", False)
-    state = routing.LayerState(0, sparse_patch.get_method("a_shape", sink=8, window=64), options)
-    call = routing.Call(0.25, True, False, None, None, None, 0.0)
-    out = state.attend(q, k, v, call)
-    assert isinstance(out, torch.Tensor)
-    assert bool(out.isnan().all())
-    assert bool(torch.isfinite(state.attend(q, k.nan_to_num(posinf=0), v, call)).all())
+    state = layer.LayerState(0, sparse_patch.get_method("a_shape", sink=8, window=64), options)
+    plain = call.Call(0.25)
+    broken, _ = layer.run_sparse(state, q, k, v, plain)
+    assert bool(broken.out.isnan().all())
+    whole, _ = layer.run_sparse(state, q, k.nan_to_num(posinf=0), v, plain)
+    assert bool(torch.isfinite(whole.out).all())
 
 
 @pytest.mark.parametrize(
@@ -590,8 +595,8 @@ def test_a_compiled_model_still_runs_sparse(llama, case):
 def test_compiled_layers_are_whole_graphs_that_follow_the_patch(llama):
     """One graph a layer through AOTAutograd; patched anew or a copy, the right counts go up."""
     ids = tokens(batch=2)
-    for layer in llama.model.layers:
-        layer.self_attn.compile(fullgraph=True, backend="aot_eager")
+    for block in llama.model.layers:
+        block.self_attn.compile(fullgraph=True, backend="aot_eager")
     plain = logits(llama, ids)
     with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
         got = logits(llama, ids)
@@ -621,10 +626,8 @@ def test_a_compiled_model_has_gradients(llama):
 
 
 def test_a_graph_does_not_outlive_its_patch():
-    from sparse_patch.routing import LayerState
-
     with pytest.raises(RuntimeError, match="belongs to a patch that is no more"):
-        LayerState.of_handle(10**9)
+        layer.LayerState.of_handle(10**9)
 
 
 def test_a_compiled_model_without_a_cache_warns_that_it_runs_exact(llama):

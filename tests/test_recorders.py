@@ -83,12 +83,12 @@ def test_graphs_hold_attention(whole, inputs, recorder, min_length):
 
 
 def test_a_graph_of_another_process_is_not_taken_for_ours(whole, inputs, monkeypatch):
-    from sparse_patch import routing
+    from sparse_patch import layer
 
     with sparse_patch.patch(whole.model, "a_shape", min_length=0, **SHAPE), torch.no_grad():
         graph = torch.export.export(whole, inputs).module()
     with sparse_patch.patch(whole.model, "dense", min_length=0), torch.no_grad():
-        assert len(routing._by_handle) >= 4
+        assert len(layer._by_handle) >= 4
         with pytest.raises(RuntimeError, match="belongs to a patch that is no more"):
             graph(*inputs)
 

@@ -14,7 +14,7 @@ import torch
 from sparse_patch_kernels import cpu_native
 
 import sparse_patch
-from sparse_patch import routing
+from sparse_patch import layer
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.hip import Hip
 from tests.robustness.real import SPARSE, part_of, states
@@ -58,10 +58,10 @@ def on_call(number, accident, function):
 
 
 STAGES = {
-    "before planning": (routing, "choose_backend"),
+    "before planning": (layer, "why_sequence_exact"),
     "plan": (FlexPrefill, "plan"),
-    "op": (routing, "block_sparse_attention"),
-    "after the op": (routing.LayerState, "_measure_recall"),
+    "op": (layer, "block_sparse_attention"),
+    "after the op": (layer.LayerState, "record"),
 }
 
 
@@ -98,7 +98,7 @@ def test_the_kernel_out_of_memory_is_an_error(smollm2, monkeypatch):
         assert torch.equal(states(smollm2.model, ids), want)
 
 
-@pytest.mark.parametrize("stage", [(Hip, "decode"), (routing, "block_sparse_attention")])
+@pytest.mark.parametrize("stage", [(Hip, "decode"), (layer, "block_sparse_attention")])
 def test_an_interrupted_answer_can_be_asked_for_again(smollm2, monkeypatch, stage):
     """In the middle of sparse decoding, where methods remember earlier steps."""
     options = {"do_sample": False, "max_new_tokens": 6}
@@ -113,7 +113,7 @@ def test_an_interrupted_answer_can_be_asked_for_again(smollm2, monkeypatch, stag
 
 
 def test_an_accident_ends_the_patch_of_a_with_block(smollm2, monkeypatch):
-    monkeypatch.setattr(routing, "block_sparse_attention", accidents()[torch.OutOfMemoryError])
+    monkeypatch.setattr(layer, "block_sparse_attention", accidents()[torch.OutOfMemoryError])
 
     def run():
         with smollm2.patch("flexprefill"):
@@ -192,10 +192,10 @@ def test_a_thousand_patches_leave_no_memory_behind(smollm2):
 def test_a_copy_may_be_thrown_away_while_patched(smollm2):
     model = part_of(smollm2, 1)
     gc.collect()
-    before = len(routing._by_handle)
+    before = len(layer._by_handle)
     sparse_patch.patch(model, "flexprefill")
     clone = copy.deepcopy(model)
-    assert len(routing._by_handle) == before + 2
+    assert len(layer._by_handle) == before + 2
     del clone, model
     gc.collect()
-    assert len(routing._by_handle) == before
+    assert len(layer._by_handle) == before

@@ -89,7 +89,7 @@ def test_blocks_longer_than_the_sequence_and_single_rows(way, q_len, offset, blo
     plan = BlockPlan.from_block_mask(keep, block_q=block, block_k=block, q_len=q_len, kv_len=kv_len)
     with way:
         out = block_sparse_attention(q, k, v, plan)
-    torch.testing.assert_close(out, Exact()(q[None], k[None], v[None])[0], atol=3e-6, rtol=0)
+    torch.testing.assert_close(out, Exact().attend(q[None], k[None], v[None])[0], atol=3e-6, rtol=0)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -99,7 +99,7 @@ def test_rows_that_a_mask_hides_from_everything_are_zero(softcap, heads):
     q, k, v = torch.randn(1, heads, 20, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
     mask = torch.zeros(1, 1, 20, 20)
     mask[:, :, [0, 7]] = float("-inf")
-    out = Exact(softcap=softcap)(q, k, v, mask)
+    out = Exact(softcap=softcap).attend(q, k, v, mask)
     assert not bool(out[:, :, [0, 7]].any())
     assert bool(out[:, :, 1:7].any(-1).all())
 
