@@ -10,7 +10,7 @@ from .diagnostics import recall
 from .inspection import HeadView, Inspection, LayerView, inspect
 from .patching import Patch, patch, report, unpatch
 from .profiles import Profile
-from .registry import Method, MethodInfo, describe, get_method, list_methods, param, register
+from .registry import Knob, Method, MethodInfo, describe, get_method, list_methods, param, register
 from .reporting import LayerReport, Report
 from .routing import SparsePatchWarning
 
@@ -21,6 +21,7 @@ __all__ = [
     "BlockPlan",
     "HeadView",
     "Inspection",
+    "Knob",
     "LayerReport",
     "LayerView",
     "Method",

@@ -107,6 +107,43 @@ def param(
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
+# Parameters by what they show: see `Method`.
+Examples = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """How much a method keeps, as one number.
+
+    Attributes:
+        make: parameters from the number.
+        low, high: its range. Below 1 it is a share, turned in steps of what it leaves out.
+        falling: more of it keeps less.
+    """
+
+    make: Callable[[float], dict[str, Any]]
+    low: float
+    high: float
+    falling: bool = False
+
+    @classmethod
+    def share(cls, name: str, **fixed: Any) -> Knob:
+        """A parameter between 0 and 1, others fixed."""
+        return cls(lambda x: {**fixed, name: round(x, 5)}, 0.02, 0.9999)
+
+    @classmethod
+    def count(cls, name: str, low: int = 16, high: int = 1 << 17, **fixed: Any) -> Knob:
+        """A parameter that counts tokens or blocks, others fixed."""
+        return cls(lambda x: {**fixed, name: round(x)}, low, high)
+
+    def params(self, place: float) -> dict[str, Any]:
+        """Parameters at `place` 0 (keeps least) to 1 (keeps most), evenly in the logarithm."""
+        place = 1 - place if self.falling else place
+        if self.high < 1:
+            return self.make(1 - (1 - self.low) * ((1 - self.high) / (1 - self.low)) ** place)
+        return self.make(self.low * (self.high / self.low) ** place)
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """Base of all methods: a frozen dataclass of parameters and one pure function, `plan`.
@@ -114,6 +151,12 @@ class Method(ABC):
     Class attributes:
         source: where the method comes from, as arXiv ids or a repository.
         presets: named sets of parameters, `get_method(name, preset="paper")`.
+        knob: what to turn for more or less of density, in tuning and fair comparison. Fixed with it
+            are budgets and forced blocks that are made for far longer prompts: at 4k they alone
+            would keep a quarter to a half. None: it cannot be turned.
+        examples: parameters for the tests over all methods: "sparse" (from about 100 tokens on),
+            "everything" (the plan is None, or shows every causal key) and, where the defaults keep
+            all of 16k tokens, "long" (it has to choose there).
         spans_heads: parameters that mean something else on a share of a model's heads, such as
             tables by head; those of `param(per_head=True)` are known without.
         files: parameters that are paths of files to read, which no profile may name.
@@ -121,6 +164,8 @@ class Method(ABC):
 
     source: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    knob: ClassVar[Knob | None] = None
+    examples: ClassVar[Examples] = {}
     spans_heads: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[tuple[str, ...]] = ()
 
@@ -316,6 +361,8 @@ class MethodInfo:
     source: str
     parameters: tuple[Parameter, ...]
     presets: Mapping[str, Mapping[str, Any]]
+    knob: Knob | None = None
+    examples: Examples = dataclasses.field(default_factory=dict)
 
 
 def describe(name: str) -> MethodInfo:
@@ -338,6 +385,8 @@ def describe(name: str) -> MethodInfo:
         source=getattr(cls, "source", ""),
         parameters=tuple(rows),
         presets=getattr(cls, "presets", {}),
+        knob=getattr(cls, "knob", None),
+        examples=getattr(cls, "examples", {}),
     )
 
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
-from ..registry import Method, check_sequence, param, register
+from ..registry import Examples, Knob, Method, check_sequence, param, register
 
 
 @register("a_shape")
@@ -24,6 +24,11 @@ class AShape(Method):
     """Sink tokens and a local window."""
 
     source: ClassVar[str] = "arXiv:2309.17453, as in MInference"
+    examples: ClassVar[Examples] = {
+        "sparse": {"sink": 3, "window": 21, "block_size": 16},
+        "everything": {"window": 10000},
+    }
+    knob: ClassVar[Knob | None] = Knob.count("window", sink=64)
 
     sink: int = param(128, "first tokens that every query keeps", least=0)
     window: int = param(3968, "latest tokens that a query keeps, itself included", least=1)

@@ -7,18 +7,21 @@ runs. For a baseline in time, use the unpatched model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan, RunList
 from torch import Tensor
 
-from ..registry import Method, check_sequence, param, register
+from ..registry import Examples, Method, check_sequence, param, register
 
 
 @register("dense")
 @dataclass(frozen=True)
 class Dense(Method):
     """Keeps everything: the control for correctness."""
+
+    examples: ClassVar[Examples] = {"sparse": {"block_size": 16}, "everything": {}}
 
     block_size: int = param(128, "query rows and keys per block, tokens", least=1)
 

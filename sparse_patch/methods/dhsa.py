@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..block_scorer import BlockScorer
-from ..registry import param, register
+from ..registry import Examples, Knob, param, register
 from ..scoring import grouped_scores, pool_mean
 
 
@@ -33,6 +33,11 @@ class DHSA(BlockScorer):
     """Head-averaged chunk scores, one list of blocks for all heads."""
 
     source: ClassVar[str] = "arXiv:2510.24606"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 16, "topk": 4, "dense_rows": 0},
+        "everything": {"topk": 10000},
+    }
+    knob: ClassVar[Knob | None] = Knob.count("topk", 1, 2048)
 
     select: str = param(
         "topk",

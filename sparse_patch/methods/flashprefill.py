@@ -21,8 +21,12 @@ import torch
 from torch import Tensor
 
 from ..block_scorer import POLICIES, BlockScorer
-from ..registry import param, register
+from ..registry import Examples, Knob, param, register
 from ..scoring import grouped_scores, pool_mean
+
+
+def _keeps(x: float) -> dict[str, Any]:
+    return {"sink_blocks": 1, "local_blocks": 2, "dense_rows": 0, "alpha": float(f"{x:.4g}")}
 
 
 @register("flashprefill")
@@ -31,6 +35,17 @@ class FlashPrefill(BlockScorer):
     """Single queries against mean keys; keeps blocks near the row's best one."""
 
     source: ClassVar[str] = "arXiv:2603.06199"
+    examples: ClassVar[Examples] = {
+        "sparse": {
+            "block_size": 16,
+            "alpha": 0.9,
+            "sink_blocks": 0,
+            "local_blocks": 1,
+            "dense_rows": 0,
+        },
+        "everything": {"alpha": 1e-300},
+    }
+    knob: ClassVar[Knob | None] = Knob(_keeps, 1e-4, 1.0, falling=True)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "llama": {"alpha": 0.18},
         "qwen3": {"alpha": 0.12},

@@ -22,7 +22,7 @@ import torch
 from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
-from ..registry import Method, check_sequence, param, register
+from ..registry import Examples, Knob, Method, check_sequence, param, register
 from ..scoring import pool_mean, pool_sum, probe_lines
 from ..selection import cover, to_query_grid, top_mask
 
@@ -33,6 +33,11 @@ class FlexPrefill(Method):
     """Vertical-slash or query-aware blocks, chosen per head by a probe of the last queries."""
 
     source: ClassVar[str] = "arXiv:2502.20766"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 16, "min_budget": 1, "gamma": 0.5},
+        "everything": {"gamma": 1.0},
+    }
+    knob: ClassVar[Knob | None] = Knob.share("gamma", min_budget=128)
 
     gamma: float = param(0.9, "share of the estimated attention mass to keep", above=0, upto=1)
     tau: float = param(

@@ -28,7 +28,7 @@ from sparse_patch_kernels import BlockPlan, RunList
 from sparse_patch_kernels.dispatch import has_kernel, has_native
 from torch import Tensor
 
-from ..registry import Method, check_sequence, param, register
+from ..registry import Examples, Knob, Method, check_sequence, param, register
 from ..scoring import TILE_ELEMENTS
 
 
@@ -38,6 +38,11 @@ class Hip(Method):
     """Key leaves found by a tree search per query block, a sink and a window; in decoding too."""
 
     source: ClassVar[str] = "arXiv:2406.09827"
+    examples: ClassVar[Examples] = {
+        "sparse": {"mask_k": 32, "block_q": 16, "block_k": 4, "sink": 4, "window": 16},
+        "everything": {"mask_k": 100000},
+    }
+    knob: ClassVar[Knob | None] = Knob.count("mask_k", 8)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"block_q": 32, "block_k": 2, "mask_k": 512}
     }

@@ -31,11 +31,17 @@ from sparse_patch_kernels import BlockPlan, RunList
 from sparse_patch_kernels.dispatch import has_native
 from torch import Tensor
 
-from ..registry import Method, check_sequence, param, register
+from ..registry import Examples, Knob, Method, check_sequence, param, register
 from ..scoring import TILE_ELEMENTS, pool_mean
 
 # Fills up lists of chunk starts: after every position, so that lists stay ascending.
 _NONE = torch.iinfo(torch.int32).max
+
+
+def _keeps(x: float) -> dict[str, Any]:
+    """What each stage keeps, in the proportion of the defaults."""
+    keep = tuple(max(8, round(x * n)) for n in (32768, 8192, 2048))
+    return {"sink": 64, "window": 256, "keep": keep, "early_keep": max(8, round(4096 * x))}
 
 
 @register("infinite_hip")
@@ -44,6 +50,20 @@ class InfiniteHip(Method):
     """Chunks pruned in stages from coarse to fine, a sink and a window; in decoding too."""
 
     source: ClassVar[str] = "arXiv:2502.08910"
+    examples: ClassVar[Examples] = {
+        "sparse": {
+            "chunks": (16, 4),
+            "keep": (32, 16),
+            "stride_q": (2, 1),
+            "refresh": (4, 2),
+            "early_layers": 0,
+            "block_q": 16,
+            "sink": 4,
+            "window": 16,
+        },
+        "everything": {"window": 100000},
+    }
+    knob: ClassVar[Knob | None] = Knob(_keeps, 0.004, 16.0)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "3k": {},  # the defaults
         "3k-fast": {"refresh": (32, 16, 8)},

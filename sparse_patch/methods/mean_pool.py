@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..block_scorer import BlockScorer
-from ..registry import param, register
+from ..registry import Examples, Knob, param, register
 from ..scoring import grouped_scores, pool_mean
 
 
@@ -30,6 +30,11 @@ class MeanPool(BlockScorer):
     """Blocks ranked by the product of mean query and mean key."""
 
     source: ClassVar[str] = "arXiv:2510.21270 (its MeanPooling baseline)"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 16, "gamma": 0.6},
+        "everything": {"gamma": 1.0},
+    }
+    knob: ClassVar[Knob | None] = Knob.share("gamma")
     forced_first: ClassVar[bool] = False
 
     variant: str = param(

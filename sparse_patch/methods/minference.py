@@ -32,7 +32,7 @@ from sparse_patch_kernels import BlockPlan, RunList
 from torch import Tensor
 
 from ..lines import line_runs, top_lines
-from ..registry import Method, check_sequence, param, register
+from ..registry import Examples, Knob, Method, check_sequence, param, register
 from ..scoring import pool_mean
 from ..selection import BlockGrid, mask_of, rank, to_query_grid
 from ..tables import entry_of, read_layers
@@ -61,12 +61,22 @@ class Pattern(NamedTuple):
         return max(self.size1, self.size2) >= kv_len
 
 
+def _keeps(x: float) -> dict[str, Any]:
+    """Vertical and slash lines, in the proportion of the defaults; it takes 30 and 50 at least."""
+    return {"vertical": max(30, round(1000 * x)), "slash": max(50, round(6096 * x))}
+
+
 @register("minference")
 @dataclass(frozen=True)
 class MInference(Method):
     """Vertical and slash lines of a probe, or the pattern that a table gives a head."""
 
     source: ClassVar[str] = "arXiv:2407.02490"
+    examples: ClassVar[Examples] = {
+        "sparse": {"vertical": 30, "slash": 50},
+        "everything": {"slash": 100000},
+    }
+    knob: ClassVar[Knob | None] = Knob(_keeps, 0.008, 20.0)
     spans_heads: ClassVar[tuple[str, ...]] = ("patterns", "heads")
     files: ClassVar[tuple[str, ...]] = ("patterns",)
 

@@ -23,7 +23,7 @@ from sparse_patch_kernels import BlockPlan, RunList
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..registry import Method, check_sequence, param, register
+from ..registry import Examples, Knob, Method, check_sequence, param, register
 from ..scoring import TILE_ELEMENTS, grouped_scores, pool_mean
 from ..selection import mask_of, rank
 
@@ -34,6 +34,12 @@ class MoBA(Method):
     """Untrained MoBA gate: queries pick key chunks by their mean."""
 
     source: ClassVar[str] = "arXiv:2502.13189"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 16, "chunk_size": 16, "topk": 3},
+        "everything": {"topk": 10000},
+        "long": {"chunk_size": 512},
+    }
+    knob: ClassVar[Knob | None] = Knob.count("topk", 1, 2048, chunk_size=64)
 
     chunk_size: int = param(4096, "tokens per key chunk", least=1)
     topk: int = param(12, "chunks that a query keeps, its own included", least=1)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from .. import scoring
 from ..block_scorer import per_head
-from ..registry import Method, check_sequence, param, register
+from ..registry import Examples, Knob, Method, check_sequence, param, register
 from ..selection import mass_of, to_query_grid
 from .proxyattn import proxy_heads
 
@@ -76,6 +76,11 @@ class PBS(Method):
     """Keys sorted by importance inside segments, then top-p of their blocks."""
 
     source: ClassVar[str] = "arXiv:2510.21270"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 16, "segment": 32, "tau": 0.5},
+        "everything": {"tau": 1.0},
+    }
+    knob: ClassVar[Knob | None] = Knob.share("tau")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"plus": {"selector": "antidiagonal"}}
 
     tau: float | tuple[float, ...] = param(

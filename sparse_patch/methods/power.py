@@ -21,7 +21,7 @@ from typing import ClassVar
 from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
-from ..registry import Method, check_sequence, param, register
+from ..registry import Examples, Knob, Method, check_sequence, param, register
 from ..selection import BlockGrid, to_query_grid
 
 
@@ -31,6 +31,11 @@ class Power(Method):
     """Sink, window, and blocks at power-of-two distances."""
 
     source: ClassVar[str] = "arXiv:2503.03588"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 16, "local_blocks": 2},
+        "everything": {"local_blocks": 10000},
+    }
+    knob: ClassVar[Knob | None] = Knob.count("local_blocks", 1, 2048, block_size=64)
 
     block_size: int = param(256, "tokens per block", choices=(16, 32, 64, 128, 256))
     local_blocks: int = param(5, "latest blocks that a row keeps, its own included", least=1)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import selection
 from ..block_scorer import BlockScorer
-from ..registry import param, register
+from ..registry import Examples, Knob, param, register
 from ..scoring import grouped_scores, pool_mean
 from ..selection import BlockGrid
 
@@ -39,6 +39,11 @@ class Prism(BlockScorer):
     """Mean-pooled scores of fast and slow RoPE dimensions, each with its own temperature."""
 
     source: ClassVar[str] = "arXiv:2602.08426"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 16, "gamma": 0.5},
+        "everything": {"gamma": 1.0},
+    }
+    knob: ClassVar[Knob | None] = Knob.share("gamma")
     forced_first: ClassVar[bool] = False
 
     gamma: float | tuple[float, ...] = param(

@@ -25,7 +25,7 @@ from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
 from ..block_scorer import POLICIES, BlockScorer
-from ..registry import param, register
+from ..registry import Examples, Knob, param, register
 from ..scoring import token_scores
 from ..selection import BlockGrid
 
@@ -36,6 +36,11 @@ class ProxyAttn(BlockScorer):
     """Token scores of averaged heads rank the blocks, each head has a budget of its own."""
 
     source: ClassVar[str] = "arXiv:2509.24745"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 16, "min_budget": 0, "gamma": 0.6, "stride_q": 4},
+        "everything": {"gamma": 1.0},
+    }
+    knob: ClassVar[Knob | None] = Knob.share("gamma", min_budget=256)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"n_proxy": 1, "stride_q": 4, "stride_k": 4, "sink_blocks": 0, "local_blocks": 1}
     }

@@ -31,11 +31,16 @@ import torch
 from sparse_patch_kernels import BlockPlan, RunList
 from torch import Tensor
 
-from ..registry import Method, check_sequence, param, register
+from ..registry import Examples, Knob, Method, check_sequence, param, register
 from ..scoring import token_scores
 from ..selection import BlockGrid, mass_of, to_query_grid
 
 POOLS = (1, 2, 4, 8)
+
+
+def _keeps(x: float) -> dict[str, Any]:
+    """Its four thresholds, what they leave out in the proportion of the defaults."""
+    return {"thresholds": tuple(round(x + n * (1 - x) / 5, 5) for n in range(4))}
 
 
 @register("psa")
@@ -44,6 +49,16 @@ class PSA(Method):
     """Blocks of little mass enter as means of 2, 4 or 8 neighbouring keys and values."""
 
     source: ClassVar[str] = "arXiv:2512.04025"
+    examples: ClassVar[Examples] = {
+        "sparse": {
+            "block_size": 16,
+            "thresholds": (0.3, 0.4, 0.5, 0.6),
+            "similarity": -1,
+            "stride_q": 4,
+        },
+        "everything": {"thresholds": (1.0, 1.0, 1.0, 1.0)},
+    }
+    knob: ClassVar[Knob | None] = Knob(_keeps, 0.02, 0.9999)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"thresholds": (0.4, 0.5, 0.6, 0.8)}
     }

@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 
 from .. import selection
 from ..block_scorer import BlockScorer
-from ..registry import param, register
+from ..registry import Examples, Knob, param, register
 from ..scoring import grouped_scores, pool_mean
 from ..selection import BlockGrid
 
@@ -40,6 +40,12 @@ class Sparge(BlockScorer):
     """Mean-pooled scores, and everything where a block is not like its mean."""
 
     source: ClassVar[str] = "arXiv:2502.18137"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 32, "similarity": -1.0, "gamma": 0.5},
+        "everything": {"gamma": 1.0},
+    }
+    # Its own default takes almost every block of a small model for unlike itself, and computes it.
+    knob: ClassVar[Knob | None] = Knob.share("gamma", similarity=0.2)
     forced_first: ClassVar[bool] = False
 
     block_size: int = param(

@@ -33,7 +33,7 @@ from sparse_patch_kernels import BlockPlan, dispatch
 from torch import Tensor
 
 from ..block_scorer import POLICIES, BlockScorer
-from ..registry import check_sequence, param, register
+from ..registry import Examples, Knob, check_sequence, param, register
 from ..scoring import scores_and_loss, token_scores
 from ..selection import BlockGrid, rank
 from .proxyattn import proxy_heads
@@ -45,6 +45,11 @@ class Strided(BlockScorer):
     """Exact attention of every n-th query ranks the blocks, each head has a budget of its own."""
 
     source: ClassVar[str] = "this project"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 16, "gamma": 0.6, "stride": 4},
+        "everything": {"gamma": 1.0},
+    }
+    knob: ClassVar[Knob | None] = Knob.share("gamma")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fine": {"block_size": 64, "key_block": 16, "local_blocks": 4, "dense_rows": 64}
     }

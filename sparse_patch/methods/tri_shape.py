@@ -21,7 +21,7 @@ import torch
 from sparse_patch_kernels import BlockPlan, RunList
 from torch import Tensor
 
-from ..registry import param, register
+from ..registry import Examples, Knob, param, register
 from .a_shape import AShape
 
 
@@ -31,6 +31,11 @@ class TriShape(AShape):
     """Sink tokens, a local window, and all keys for the last queries."""
 
     source: ClassVar[str] = "microsoft/MInference; arXiv:2507.21526"
+    examples: ClassVar[Examples] = {
+        "sparse": {"sink": 3, "window": 21, "dense_rows": 5, "block_size": 16},
+        "everything": {"window": 10000},
+    }
+    knob: ClassVar[Knob | None] = Knob.count("window", sink=64)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "triangle_mix": {"sink": 8, "window": 512, "dense_rows": 128, "dense_layers": 16}
     }

@@ -29,7 +29,7 @@ from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
 from ..block_scorer import BlockScorer, per_head
-from ..registry import param, register
+from ..registry import Examples, Knob, param, register
 from ..scoring import antidiagonal_scores
 from ..selection import BlockGrid, mass_of
 from ..tables import entry_of, read_layers
@@ -43,6 +43,11 @@ class XAttention(BlockScorer):
     """Antidiagonal sums of small tiles score the blocks."""
 
     source: ClassVar[str] = "arXiv:2503.16428"
+    examples: ClassVar[Examples] = {
+        "sparse": {"block_size": 16, "gamma": 0.6, "stride": 4},
+        "everything": {"gamma": 1.0},
+    }
+    knob: ClassVar[Knob | None] = Knob.share("gamma")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"s16": {"stride": 16}}
     spans_heads: ClassVar[tuple[str, ...]] = ("thresholds",)
     files: ClassVar[tuple[str, ...]] = ("thresholds",)
