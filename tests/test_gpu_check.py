@@ -55,9 +55,15 @@ def dry_run(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [
-            str(ROOT / "scripts/gpu_check.sh"), "--dry-run", "--minutes", "25",
-            "--output", str(folder), "--name", "toy",
-        ],  # fmt: skip
+            str(ROOT / "scripts/gpu_check.sh"),
+            "--dry-run",
+            "--minutes",
+            "25",
+            "--output",
+            str(folder),
+            "--name",
+            "toy",
+        ],
         env={**environment, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
