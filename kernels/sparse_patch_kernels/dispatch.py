@@ -58,7 +58,7 @@ def has_kernel(module: str) -> Callable[[F], F]:
 
 
 def has_native(plain: F) -> F:
-    """Mark a plain PyTorch function that `cpu_selection` has, compiled, under the same name.
+    """Mark a plain PyTorch function that `cpu/selection.py` has, compiled, under the same name.
 
     Called with a first tensor on a CPU, that one runs instead; the rest is as for `has_kernel`,
     which goes on top where a function has both.
@@ -67,7 +67,7 @@ def has_native(plain: F) -> F:
     @functools.wraps(plain)
     def either(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.device.type == "cpu":
-            native = importlib.import_module(".cpu_selection", __package__)
+            native = importlib.import_module(".cpu.selection", __package__)
             result = getattr(native, plain.__name__)(x, *args, **kwargs)
             if result is not NotImplemented:
                 return result

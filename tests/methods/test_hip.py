@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparse_patch_kernels import block_sparse_attention, cpu_selection
+from sparse_patch_kernels import block_sparse_attention
+from sparse_patch_kernels.cpu import selection
 
 from sparse_patch import get_method
 from sparse_patch.diagnostics import recall
@@ -140,7 +141,7 @@ def keys_scored(monkeypatch, kv_len, method):
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, kv_len, 4, generator=generator)
     with monkeypatch.context() as patched:
-        patched.setattr(cpu_selection, "_library", lambda: None)
+        patched.setattr(selection, "_library", lambda: None)
         patched.setattr(hip, "dot", counting)
         method.plan(q, k, scale=1.0, q_offset=0)
     return counted
@@ -168,7 +169,7 @@ def test_a_beam_as_wide_as_the_sequence_scores_every_leaf_once(monkeypatch):
 
 
 def test_a_few_keys_are_gathered_at_a_time(monkeypatch):
-    monkeypatch.setattr(cpu_selection, "_library", lambda: None)
+    monkeypatch.setattr(selection, "_library", lambda: None)
     method = get_method("hip", **SMALL)
     q, k = integers(4, 500, seed=1), integers(2, 500, seed=2)
     whole = lists(method.plan(q, k, scale=1.0, q_offset=0), 4)

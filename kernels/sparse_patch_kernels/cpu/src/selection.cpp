@@ -1,5 +1,5 @@
 // What costs most when methods choose, on a CPU: products of some queries with many keys, reduced
-// on the spot. `cpu_selection.py` compiles and calls it; the plain functions that it stands in for
+// on the spot. `cpu/selection.py` loads it; the plain functions that it stands in for
 // say what is computed.
 //
 // Queries lie in panels, one in each lane. Keys are read where they are, a word (a float, or two

@@ -1,4 +1,4 @@
-"""Compiled C++ for what costs most when methods choose: `native/selection.cpp`.
+"""Compiled C++ for what costs most when methods choose: `src/selection.cpp`.
 
 Each function has the arguments and the result, up to rounding, of the plain one that gives its work
 away to it (`dispatch.has_native`), and NotImplemented for what it cannot take. bfloat16 is
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import cpu_native
+from .compile import DTYPES, load
 
 # Keys of a block lie in a thread's cache until the block's largest logit is known.
 _WIDEST = 1024
@@ -166,7 +166,7 @@ def scan_chunks(
 
 def _inputs(q: Tensor, k: Tensor) -> _Inputs | None:
     """q `[heads, n, dim]` and k `[kv_heads, m, dim]` for C++; None for what it cannot take."""
-    if q.dtype not in cpu_native.DTYPES or k.dtype != q.dtype or _library() is None:
+    if q.dtype not in DTYPES or k.dtype != q.dtype or _library() is None:
         return None
     if not 0 < q.numel() or not 0 < k.numel() or q.stride(2) != 1 or k.stride(2) != 1:
         return None
@@ -184,7 +184,7 @@ def _inputs(q: Tensor, k: Tensor) -> _Inputs | None:
 @functools.lru_cache(None)
 def _library() -> Any:
     """The C functions; None where they cannot be had or are not wanted."""
-    library = cpu_native.load("selection")
+    library = load("selection")
     for name in ("masses", "search", "scan") if library else ():
         getattr(library, f"sparse_patch_{name}").restype = ctypes.c_int
     return library
