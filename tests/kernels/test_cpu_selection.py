@@ -7,11 +7,15 @@ import pytest
 import torch
 from sparse_patch_kernels import dispatch
 from sparse_patch_kernels.cpu import compile, selection
+from sparse_patch_kernels.estimators.chunk_scan import native as chunk_scan
+from sparse_patch_kernels.estimators.chunk_scan import scan_chunks
+from sparse_patch_kernels.estimators.token_scores import native as token_scores
+from sparse_patch_kernels.estimators.token_scores import pooled_rows
+from sparse_patch_kernels.estimators.tree_search import native as tree_search
+from sparse_patch_kernels.estimators.tree_search import search_leaves
 
 from sparse_patch import get_method
-from sparse_patch.methods.hip import Hip, search_leaves
-from sparse_patch.methods.infinite_hip import scan_chunks
-from sparse_patch.scoring import pooled_rows
+from sparse_patch.methods.hip import Hip
 from tests.kernels.structured import laid_out, scattered, sequence
 from tests.methods.examples import SPARSE
 
@@ -37,7 +41,7 @@ def masses(q, k, scale, rows, largest, width):
     """From C++, and from PyTorch."""
     seen = rows + k.shape[1] - q.shape[1] + 1
     call = (q, k, scale, rows, seen)
-    got = selection.pooled_rows(*call, width=width, largest=largest)
+    got = token_scores.pooled_rows(*call, width=width, largest=largest)
     assert got is not NotImplemented
     return got, pooled_rows.plain(*call, width=width, largest=largest)
 
@@ -83,9 +87,9 @@ def test_a_row_with_a_nan_is_all_nan():
 @pytest.mark.parametrize("change", TREES, ids=str)
 @pytest.mark.parametrize(("q_len", "kv_len"), [(700, 700), (130, 515), (1, 400)])
 def test_search_leaves(change, dtype, q_len, kv_len):
-    tree = Hip(**{**SMALL, **change})
+    tree = Hip(**{**SMALL, **change}).tree
     q, k, scale = sequence(4, 2, q_len, kv_len, 16, dtype)
-    got = selection.search_leaves(q, k, scale, tree)
+    got = tree_search.search_leaves(q, k, scale, tree)
     want = search_leaves.plain(q, k, scale, tree)
     assert torch.equal(got[1], want[1])
     valid = torch.arange(want[0].shape[2]) < want[1][..., None]
@@ -94,10 +98,10 @@ def test_search_leaves(change, dtype, q_len, kv_len):
 
 
 def test_search_takes_the_first_of_equal_leaves_and_bears_nan():
-    tree = Hip(**SMALL)
+    tree = Hip(**SMALL).tree
     for value in (0.0, float("nan")):
         q, k = torch.full((1, 300, 8), value), torch.ones(1, 300, 8)
-        got = selection.search_leaves(q, k, 1.0, tree)
+        got = tree_search.search_leaves(q, k, 1.0, tree)
         assert torch.equal(got[1], search_leaves.plain(q, k, 1.0, tree)[1])
         assert bool((got[0].diff(dim=-1) > 0)[..., : int(got[1].min()) - 1].all())
         if value == 0:
@@ -115,7 +119,7 @@ def test_scan_chunks(chunk, groups, dtype, shared):
     starts[..., -2:] = torch.iinfo(torch.int32).max
     end = torch.arange(1, blocks + 1) * 130
     call = (q.unflatten(1, (blocks, groups)), k, starts, end - 60, end, chunk)
-    got, want = selection.scan_chunks(*call), scan_chunks.plain(*call)
+    got, want = chunk_scan.scan_chunks(*call), scan_chunks.plain(*call)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -124,7 +128,7 @@ def test_scans_with_averaged_queries_take_keys_in_half_precision():
     call = torch.arange(0, 160, 8).repeat(1, 2, 1), torch.full((2,), 150), torch.full((2,), 190), 8
     queries, keys = q.unflatten(1, (2, 16)), k.bfloat16()
     got, want = (
-        selection.scan_chunks(queries, keys, *call),
+        chunk_scan.scan_chunks(queries, keys, *call),
         scan_chunks.plain(queries, keys, *call),
     )
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -133,24 +137,24 @@ def test_scans_with_averaged_queries_take_keys_in_half_precision():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_layout_in_memory(dtype):
     q, k, scale = sequence(4, 2, 200, 200, 16, dtype)
-    rows, tree = torch.arange(0, 200, 3), Hip(**SMALL)
+    rows, tree = torch.arange(0, 200, 3), Hip(**SMALL).tree
     want, _ = masses(q, k, scale, rows, False, 16)
     torch.testing.assert_close(masses(laid_out(q), laid_out(k), scale, rows, False, 16)[0], want)
-    leaves = selection.search_leaves(laid_out(q), laid_out(k), scale, tree)
-    assert torch.equal(leaves[0], selection.search_leaves(q, k, scale, tree)[0])
+    leaves = tree_search.search_leaves(laid_out(q), laid_out(k), scale, tree)
+    assert torch.equal(leaves[0], tree_search.search_leaves(q, k, scale, tree)[0])
     # Rows that are not in one piece are PyTorch's.
-    assert selection.search_leaves(scattered(q), k, scale, tree) is NotImplemented
+    assert tree_search.search_leaves(scattered(q), k, scale, tree) is NotImplemented
     assert torch.equal(search_leaves(scattered(q), k, scale, tree)[0], leaves[0])
 
 
 def test_what_it_cannot_take_is_pytorch_s():
     q, k, scale = sequence(2, 1, 300, 300, 16)
-    rows, tree = torch.arange(4), Hip(**SMALL)
+    rows, tree = torch.arange(4), Hip(**SMALL).tree
 
     def both(q, k, scale, width=16):
         return (
-            selection.pooled_rows(q, k, scale, rows, rows + 1, width=width),
-            selection.search_leaves(q, k, scale, tree),
+            token_scores.pooled_rows(q, k, scale, rows, rows + 1, width=width),
+            tree_search.search_leaves(q, k, scale, tree),
         )
 
     assert NotImplemented not in both(q, k, scale)
@@ -163,14 +167,14 @@ def test_what_it_cannot_take_is_pytorch_s():
 
 def test_threads_change_nothing(monkeypatch):
     q, k, scale = sequence(4, 2, 500, 500, 16)
-    rows, tree = torch.arange(0, 500, 2), Hip(**SMALL)
+    rows, tree = torch.arange(0, 500, 2), Hip(**SMALL).tree
     found = []
     for n in (1, 2, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
         found.append(
             (
                 masses(q, k, scale, rows, False, 16)[0],
-                *selection.search_leaves(q, k, scale, tree),
+                *tree_search.search_leaves(q, k, scale, tree),
             )
         )
     for other in found[1:]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from sparse_patch_kernels import block_sparse_attention
 from sparse_patch_kernels.cpu import forward, pooled
+from sparse_patch_kernels.estimators.token_scores import token_scores
 
 from sparse_patch import get_method
 from sparse_patch.methods import psa
-from sparse_patch.scoring import token_scores
 from sparse_patch.selection import count_top_p, mass_of
 from tests.golden.gen_inputs import make_qkv
 
