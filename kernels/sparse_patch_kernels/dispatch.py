@@ -42,6 +42,7 @@ def has_kernel(plain: F) -> F:
     returns NotImplemented, and the plain function runs. That one stays at hand as `.plain`.
     """
     module = _beside(plain, "kernel")
+    # Looked up at every call: the scripts that check kernels put another in its place.
     either = _either(plain, module, lambda x: uses_triton(x))
     KERNELS[plain.__name__] = (module, either)
     return either
