@@ -32,11 +32,12 @@ from typing import ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan, RunList
+from sparse_patch_kernels.estimators.probe import probe_mass
 from torch import Tensor
 
 from . import selection
+from .held_out import ranking_loss
 from .registry import Method, check_sequence, param
-from .scoring import probe_mass, ranking_loss
 from .selection import BlockGrid, to_query_grid
 
 # The sample of rows on which a ranking is tested.

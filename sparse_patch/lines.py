@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 from sparse_patch_kernels import RunList
+from sparse_patch_kernels.estimators.probe import probe_lines
 from torch import Tensor
 
-from .scoring import probe_lines
 from .selection import top_mask
 
 # First columns and shortest distances that come before any other, and the fewest of each.

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from sparse_patch_kernels.runs import lists_at_once
+from sparse_patch_kernels.estimators.compaction import lists_at_once
 from torch import Tensor
 
 _NEVER = float("-inf")

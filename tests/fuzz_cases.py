@@ -19,9 +19,8 @@ from sparse_patch_kernels import (
     BlockPlan,
     RunList,
     block_sparse_attention,
-    cpu_native,
-    cpu_selection,
 )
+from sparse_patch_kernels.cpu import native, selection
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -254,8 +253,8 @@ def check_op(number: int) -> str:
 def without_compiler() -> Iterator[None]:
     """The op and what methods choose with, as where nothing can be compiled."""
     with (
-        mock.patch.object(cpu_native, "_kernel", return_value=None),
-        mock.patch.object(cpu_selection, "_library", return_value=None),
+        mock.patch.object(native, "_kernel", return_value=None),
+        mock.patch.object(selection, "_library", return_value=None),
     ):
         yield
 

@@ -188,7 +188,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_an_estimator_that_is_wrong_fails(stage, monkeypatch, name):
-    module = require_interpreter(dispatch.KERNELS[name][0])
+    module = require_interpreter(dispatch.KERNELS[name][0].removeprefix("sparse_patch_kernels."))
     right = getattr(module, name)
     monkeypatch.setitem(
         estimators.SPECS, name, replace(estimators.SPECS[name], calls=lambda make: iter(()))
@@ -239,7 +239,7 @@ STRIDED = {"block_size": 16, "gamma": 0.6, "stride": 4}
 
 
 def verdicts_of_plans(stage):
-    require_interpreter("forward")
+    require_interpreter("triton.forward")
     return [row["ok"] for row in methods._compare_plans(stage, "strided", "short blocks", STRIDED)]
 
 
@@ -267,7 +267,7 @@ def test_a_plan_that_is_not_the_cpu_s_fails(stage, monkeypatch):
 
 
 def test_a_method_that_is_wrong_in_a_model_is_named(stage, monkeypatch):
-    require_interpreter("forward")
+    require_interpreter("triton.forward")
     row = methods._compare_models(stage, "llama", ["strided", "dense"])
     assert row["ok"]
     assert row["methods"] == 2

@@ -1,7 +1,9 @@
 """Imports go one way, and nothing of ours stands in Hugging Face's way."""
 
+import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,47 @@ def test_our_source_folders_are_no_packages():
         assert not (ROOT / folder / "__init__.py").exists()
     done = run("from transformers import LlamaForCausalLM; print('fine')")
     assert done.stdout.strip() == "fine", done.stderr
+
+
+def imports_of(package):
+    """Which modules of a package each of them imports, wherever in its text: `{module: {module}}`.
+
+    What is loaded by name at run time counts too. That a module has its packages loaded before it
+    does not: none would be without a circle.
+    """
+    paths = {}
+    for path in (ROOT / package).rglob("*.py"):
+        parts = path.relative_to((ROOT / package).parent).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for module, path in paths.items():
+        base = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                above = base.split(".")[: len(base.split(".")) + 1 - node.level]
+                source = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+                inner = (f"{source}.{alias.name}" for alias in node.names)
+                names.update(name if name in paths else source for name in inner)
+        if path.name == "plain.py":
+            names.update(f"{base}.{name}" for name in ("kernel", "native"))
+        if module == "sparse_patch_kernels.ops":
+            names.update(
+                f"{base}.{name}" for name in ("cpu.forward", "triton.forward", "reference")
+            )
+        graph[module] = (names & paths.keys()) - {module}
+    return graph
+
+
+def test_kernels_import_one_another_without_a_circle():
+    graph = imports_of("kernels/sparse_patch_kernels")
+    order = list(TopologicalSorter(graph).static_order())  # raises where there is a circle
+    assert set(order) == graph.keys()
+    # What the graph is made of is found at all.
+    assert graph["sparse_patch_kernels.plan"] == {
+        f"sparse_patch_kernels.{name}" for name in ("counting", "plan_layout", "runs")
+    }
+    search = "sparse_patch_kernels.estimators.tree_search"
+    assert {f"{search}.kernel", f"{search}.native"} < graph[f"{search}.plain"]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .plan_layout import PlanLayout
 from .runs import RunList
 
 # Elements of the largest table that counting builds (64 MiB of int32).
 _MOST_COUNTS = 1 << 24
 
-if TYPE_CHECKING:
-    from .plan import BlockPlan
 
-
-def kept_pairs(plan: BlockPlan) -> tuple[Tensor, float]:
+def kept_pairs(plan: PlanLayout) -> tuple[Tensor, float]:
     """Kept pairs float64 `[heads]` and causal ones, in (query block, key) pairs."""
     device = plan.runs[0].start.device if plan.runs else None
     last = plan.last_rows(device)
@@ -42,7 +39,7 @@ def kept_pairs(plan: BlockPlan) -> tuple[Tensor, float]:
     return kept.double(), causal
 
 
-def _groups_seen(plan: BlockPlan, last: Tensor, run: RunList) -> Tensor:
+def _groups_seen(plan: PlanLayout, last: Tensor, run: RunList) -> Tensor:
     """int64 `[heads]`: groups of a pooled list that some row sees, summed over query blocks."""
     if plan.key_order is not None:
         groups = RunList(
@@ -54,7 +51,7 @@ def _groups_seen(plan: BlockPlan, last: Tensor, run: RunList) -> Tensor:
     return (length // run.pool).masked_fill(~run.valid(plan.heads), 0).sum((-1, -2))
 
 
-def _reordered(plan: BlockPlan, last: Tensor, runs: list[RunList], order: Tensor) -> Tensor:
+def _reordered(plan: PlanLayout, last: Tensor, runs: list[RunList], order: Tensor) -> Tensor:
     """int64 `[heads]`: slots of the runs that some row sees, summed over query blocks.
 
     `order [orders, slots]` is the position from which on each slot is visible.
@@ -77,7 +74,7 @@ def _reordered(plan: BlockPlan, last: Tensor, runs: list[RunList], order: Tensor
     return torch.stack(kept)
 
 
-def _reordered_on_grid(plan: BlockPlan, last: Tensor, run: RunList, order: Tensor) -> Tensor:
+def _reordered_on_grid(plan: PlanLayout, last: Tensor, run: RunList, order: Tensor) -> Tensor:
     """`_reordered` of one list whose runs lie on the grid of their width."""
     heads, width = plan.heads, run.width
     # What fills the last run up is after every row.
@@ -101,7 +98,7 @@ def _reordered_on_grid(plan: BlockPlan, last: Tensor, run: RunList, order: Tenso
 
 
 def covered(
-    plan: BlockPlan, last: Tensor, runs: Iterable[RunList], sink: int, window: int
+    plan: PlanLayout, last: Tensor, runs: Iterable[RunList], sink: int, window: int
 ) -> Tensor:
     """int64 `[heads]`: keys in the union of runs, sink and window, summed over query blocks."""
     heads, n_blocks = plan.heads, plan.n_q_blocks

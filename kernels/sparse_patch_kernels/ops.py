@@ -26,9 +26,9 @@ def run(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Run a backend that `choose_backend` named."""
-    module = {"triton": ".triton.forward"}.get(backend, f".{backend}")
-    backend_module = importlib.import_module(module, __package__)
-    out, lse = backend_module.block_sparse_attention(q, k, v, plan, scale, softcap, sinks)
+    name = ".reference" if backend == "reference" else f".{backend}.forward"
+    module = importlib.import_module(name, __package__)
+    out, lse = module.block_sparse_attention(q, k, v, plan, scale, softcap, sinks)
     return out, lse
 
 

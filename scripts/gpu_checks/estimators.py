@@ -20,6 +20,7 @@ from gpu_checks.device import Device
 from gpu_checks.parity import name_of
 from gpu_checks.scale import Scale
 from gpu_checks.stage import Stage, Work
+from sparse_patch.methods.hip import Hip
 from sparse_patch.methods.proxyattn import proxy_heads
 
 # Kernel and plain function multiply the same numbers and add in float32, in another order; so
@@ -61,7 +62,7 @@ def _compare(stage: Stage, name: str, dtype: torch.dtype) -> Iterable[Row]:
     """A row per call of `calls`, over all configurations of the kernel."""
     launch = importlib.import_module("sparse_patch_kernels.triton.launch")
     module, function = dispatch.KERNELS[name]
-    kernel = getattr(importlib.import_module(f"sparse_patch_kernels.triton.{module}"), name)
+    kernel = getattr(importlib.import_module(module), name)
     spec = SPECS[name]
     make = Maker(stage.device, stage.scale, dtype)
     first = ("as methods call it", as_methods_call(stage, *make.whole())[name])
@@ -115,7 +116,7 @@ def as_methods_call(stage: Stage, q: Tensor, k: Tensor) -> dict[str, Call]:
     scale, block, methods = q.shape[2] ** -0.5, stage.scale.block, stage.scale.methods
     probe, proxies = q[:, -block:], (proxy_heads(q, len(k)), proxy_heads(k, len(k)))
     runs = inputs.plan_of_density(stage.device, len(q), q.shape[1], block, 0.25).runs[0]
-    tree = sparse_patch.get_method("hip", **methods["hip"])
+    tree = Hip(**methods["hip"]).tree
     return {
         "pool_mean": ((k, block), {}),
         "probe_lines": ((probe, k, scale), {}),
@@ -186,7 +187,7 @@ def _searches(make: Maker) -> Iterator[tuple[str, Call]]:
         ("first leaf", {"rep": "first"}),
         ("aligned", {"init": "aligned"}),
     ):
-        tree = sparse_patch.get_method("hip", **own, **more)
+        tree = Hip(**{**own, **more}).tree
         yield what, ((*make.pair(n - 5, n, dim, 2), dim**-0.5, tree), {})
 
 

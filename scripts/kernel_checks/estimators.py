@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sparse_patch_kernels.triton import compaction, pooling, probe, token_scores, tree_search
+from sparse_patch_kernels.estimators.compaction import kernel as compaction
+from sparse_patch_kernels.estimators.pooling import kernel as pooling
+from sparse_patch_kernels.estimators.probe import kernel as probe
+from sparse_patch_kernels.estimators.token_scores import kernel as token_scores
+from sparse_patch_kernels.estimators.tree_search import Tree
+from sparse_patch_kernels.estimators.tree_search import kernel as tree_search
 from torch import Tensor
 
 from kernel_checks.case import DIMS, DTYPES, HEADS, KV_HEADS, TOKENS, Case, empty
@@ -81,11 +85,11 @@ def _compact() -> None:
 
 
 def _search(changes: Mapping[str, Any], dim: int, dtype: torch.dtype) -> None:
-    tree = SimpleNamespace(**{**HIP, **changes})
+    tree = Tree(**{**HIP, **changes})
     tree_search.search_leaves(_queries(dim, dtype), _keys(dim, dtype), dim**-0.5, tree)
 
 
-HIP = {
+HIP: dict[str, Any] = {
     "block_q": 64, "stride_q": 2, "block_k": 8, "stride_k": 1, "mask_k": 1024, "sink": 16,
     "window": 256, "rep": "center", "init": "floor", "beam_factor": 1, "row_causal": True,
 }  # fmt: skip

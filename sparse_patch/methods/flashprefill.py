@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from sparse_patch_kernels.estimators.pooling import grouped_scores, pool_mean
 from torch import Tensor
 
 from ..block_scorer import POLICIES, BlockScorer
 from ..registry import Examples, Knob, param, register
-from ..scoring import grouped_scores, pool_mean
 
 
 def _keeps(x: float) -> dict[str, Any]:

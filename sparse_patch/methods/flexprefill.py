@@ -20,10 +20,11 @@ from typing import ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan
+from sparse_patch_kernels.estimators.pooling import pool_mean, pool_sum
+from sparse_patch_kernels.estimators.probe import probe_lines
 from torch import Tensor
 
 from ..registry import Examples, Knob, Method, check_sequence, param, register
-from ..scoring import pool_mean, pool_sum, probe_lines
 from ..selection import cover, to_query_grid, top_mask
 
 

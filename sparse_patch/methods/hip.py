@@ -19,17 +19,15 @@ and the budget larger than the paper's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import torch
 from sparse_patch_kernels import BlockPlan, RunList
-from sparse_patch_kernels.dispatch import has_kernel, has_native
+from sparse_patch_kernels.estimators.tree_search import Tree, search_leaves
 from torch import Tensor
 
 from ..registry import Examples, Knob, Method, check_sequence, param, register
-from ..scoring import TILE_ELEMENTS
 
 
 @register("hip")
@@ -99,155 +97,10 @@ class Hip(Method):
 
     def _search(self, q: Tensor, k: Tensor, scale: float) -> RunList:
         """The leaves that each head and query block keeps."""
-        leaves, count = search_leaves(q, k, scale, self)
+        leaves, count = search_leaves(q, k, scale, self.tree)
         return RunList(self.sink + leaves * self.block_k, count, self.block_k)
 
-    def leaf_counts(self, q_len: int, q_offset: int) -> Tensor:
-        """int64 `[blocks]`: leaves between the sink and the window of the block's last row."""
-        ends = torch.arange(self.block_q, q_len + self.block_q, self.block_q).clamp(max=q_len)
-        far = (ends + q_offset - self.window - self.sink).clamp(min=0)
-        return -(-far // self.block_k)
-
-    def sampled_rows(self, q_len: int) -> Tensor:
-        """int64 `[blocks, rows]`: the last of every `stride_q` rows, and of the call where it ends.
-
-        A row may come twice, which changes no maximum.
-        """
-        first = torch.arange(0, q_len, self.block_q)[:, None]
-        n = -(-min(self.block_q, q_len) // self.stride_q)
-        row = torch.arange(1, n + 1) * self.stride_q - 1
-        return (first + row.clamp(max=self.block_q - 1)).clamp(max=q_len - 1)
-
-    def by_rounds(self, n_leaves: Tensor, keep: int, chunks: int) -> Iterator[tuple[int, Tensor]]:
-        """How many rounds of search blocks need, and which: for every number but none."""
-        largest = self.edges(n_leaves, chunks).diff().amax(-1)
-        # One at least: a beam wider than the leaves still has to choose among them.
-        rounds = torch.tensor([max(1, (n - 1).bit_length()) for n in largest.tolist()])
-        rounds = rounds.masked_fill(n_leaves <= keep, 0)
-        for n in sorted(set(rounds.tolist()) - {0}):
-            yield n, (rounds == n).nonzero()[:, 0]
-
-    def edges(self, n_leaves: Tensor, chunks: int) -> Tensor:
-        """int64 `[n, chunks + 1]`: bounds of the first chunks of `n_leaves [n]`, in leaves."""
-        edges = torch.arange(chunks + 1) * n_leaves[:, None] // chunks
-        if self.init == "floor":
-            return edges
-        powers = [1 << n.bit_length() >> 1 for n in n_leaves.tolist()]
-        step = torch.tensor([max(1, -(-power // chunks)) for power in powers])[:, None]
-        return edges - edges % step
-
-    def _descend(
-        self, score: _LeafScorer, edges: Tensor, rounds: int, keep: int
-    ) -> tuple[Tensor, Tensor]:
-        """Search from the chunks between `edges [n, chunks + 1]` down to leaves.
-
-        Returns:
-            int32 `[n, keep]`, the leaves, ascending, and `[n]`, how many of them hold.
-        """
-        start, size = edges[:, :-1], edges.diff()
-        for last_round in [False] * (rounds - 1) + [True]:
-            # Chunks stay ordered by start, so that of equal scores the earlier one wins. The left
-            # half of a single leaf is empty, and the right one is the leaf.
-            half = size // 2
-            start = torch.stack([start, start + half], -1).flatten(1)
-            size = torch.stack([half, size - half], -1).flatten(1)
-            middle = start + size // 2 if self.rep == "center" else start
-            scores = score(middle).masked_fill_(size == 0, float("-inf"))
-            order = scores.argsort(dim=-1, descending=True, stable=True)
-            best = order[:, : keep if last_round else edges.shape[1] - 1].sort(dim=-1).values
-            start, size = start.gather(1, best), size.gather(1, best)
-        # Aligned chunks may leave too few: what is empty goes to the end.
-        order = (size == 0).to(torch.uint8).argsort(dim=-1, stable=True)
-        return start.gather(1, order).int(), size.sum(-1, dtype=torch.int32)
-
-
-@has_kernel("tree_search")
-@has_native
-def search_leaves(q: Tensor, k: Tensor, scale: float, tree: Hip) -> tuple[Tensor, Tensor]:
-    """The leaves that each head and query block keeps, counted from the sink.
-
-    Args:
-        q: `[heads, q_len, dim]`, the last rows of the sequence.
-        k: `[kv_heads, kv_len, dim]`.
-        tree: how to search.
-
-    Returns:
-        int32 `[heads, blocks, ceil(mask_k / block_k)]`, ascending, and `[heads, blocks]`, how many
-        of them hold; the rest is padding.
-    """
-    heads, q_len, dim = q.shape
-    group, q_offset, device = heads // k.shape[0], k.shape[1] - q_len, q.device
-    keep = -(-tree.mask_k // tree.block_k)
-    chunks = keep * tree.beam_factor
-    n_leaves = tree.leaf_counts(q_len, q_offset)
-    leaves = torch.arange(keep, device=device, dtype=torch.int32).repeat(heads, len(n_leaves), 1)
-    count = n_leaves.clamp(max=keep).to(device, torch.int32).repeat(heads, 1)
-    # A view: leaf i of KV head h is keys[h, i].
-    keys = k[:, tree.sink : tree.sink + int(n_leaves.max()) * tree.block_k]
-    keys = keys.view(k.shape[0], -1, tree.block_k, dim)[:, :, :: tree.stride_k]
-    rows = tree.sampled_rows(q_len).to(device)
-    # So many pairs of a query block and a head at a time that their gathered keys fit a tile.
-    step = max(1, TILE_ELEMENTS // (2 * chunks * keys.shape[2] * dim))
-    for rounds, blocks in tree.by_rounds(n_leaves, keep, chunks):
-        for part in torch.split(torch.cartesian_prod(blocks, torch.arange(heads)), step):
-            n = n_leaves[part[:, 0]]
-            width = chunks
-            if rounds == 1 and tree.init == "floor":  # scores every leaf: two a chunk will do
-                width = min(chunks, -(-int(n.max()) // 2))
-            edges = tree.edges(n, width).to(device)
-            block, head = part.to(device).unbind(1)
-            row = rows[block]
-            score = _LeafScorer(
-                tree,
-                q[head[:, None], row].float() * scale,
-                row + q_offset - tree.window if tree.row_causal else None,
-                keys,
-                (head // group)[:, None],
-            )
-            leaves[head, block], count[head, block] = tree._descend(score, edges, rounds, keep)
-    return leaves, count
-
-
-@dataclass(frozen=True)
-class _LeafScorer:
-    """Scores the leaves of n (query block, head) pairs.
-
-    Attributes:
-        tree: says where leaves lie and which of their keys are sampled.
-        queries: float32 `[n, rows, dim]`, scaled.
-        limit: int64 `[n, rows]`, ascending: the latest key that counts for a row; None: all do.
-        keys: `[kv_heads, leaves, sampled keys, dim]`.
-        kv_head: int64 `[n, 1]`.
-    """
-
-    tree: Hip
-    queries: Tensor
-    limit: Tensor | None
-    keys: Tensor
-    kv_head: Tensor
-
-    def __call__(self, leaf: Tensor) -> Tensor:
-        """float32 `[n, m]`: max of q . k over rows and keys, for leaves `leaf [n, m]`.
-
-        A leaf out of every row's limit gets the lowest finite number. An index past the last leaf
-        is taken for it.
-        """
-        leaf = leaf.clamp(max=self.keys.shape[1] - 1)
-        scores = dot(self.queries, self.keys[self.kv_head, leaf].float())
-        if self.limit is not None:
-            start = self.tree.sink + leaf * self.tree.block_k
-            # Few leaves reach the limit of the first row: only those are masked.
-            near = start + self.tree.block_k > self.limit[:, :1]
-            pair, column = near.nonzero(as_tuple=True)
-            sampled = torch.arange(0, self.tree.block_k, self.tree.stride_k, device=leaf.device)
-            key = start[pair, column, None, None] + sampled
-            late = key > self.limit[pair][..., None]
-            lowest = torch.finfo(scores.dtype).min
-            scores[pair, :, column] = scores[pair, :, column].masked_fill(late, lowest)
-        return scores.amax(1).amax(-1)
-
-
-def dot(queries: Tensor, keys: Tensor) -> Tensor:
-    """`[n, rows, dim]` and `[n, leaves, keys, dim]` -> q . k `[n, rows, leaves, keys]`."""
-    n, leaves, width, _ = keys.shape
-    return (queries @ keys.flatten(1, 2).mT).view(n, -1, leaves, width)
+    @property
+    def tree(self) -> Tree:
+        """The parameters that the search goes by."""
+        return Tree(**{field.name: getattr(self, field.name) for field in fields(Tree)})

@@ -28,11 +28,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from sparse_patch_kernels import BlockPlan, RunList
-from sparse_patch_kernels.dispatch import has_native
+from sparse_patch_kernels.estimators import TILE_ELEMENTS
+from sparse_patch_kernels.estimators.chunk_scan import scan_chunks
+from sparse_patch_kernels.estimators.pooling import pool_mean
 from torch import Tensor
 
 from ..registry import Examples, Knob, Method, check_sequence, param, register
-from ..scoring import TILE_ELEMENTS, pool_mean
 
 # Fills up lists of chunk starts: after every position, so that lists stay ascending.
 _NONE = torch.iinfo(torch.int32).max
@@ -233,63 +234,3 @@ def _group_rows(q: Tensor, block: int, stride: int, scale: float) -> Tensor:
     first = torch.arange(0, n, block, device=q.device)[:, None] // stride
     group = torch.arange(-(-min(block, n) // stride), device=q.device)
     return means[:, (first + group).clamp(max=means.shape[1] - 1)]
-
-
-@has_native
-def scan_chunks(
-    queries: Tensor, k: Tensor, starts: Tensor, limit: Tensor, end: Tensor, chunk: int
-) -> Tensor:
-    """Best score on the path of a binary scan through each chunk, for some query blocks.
-
-    Args:
-        queries: `[heads, blocks, groups, dim]`, in k's dtype or float32.
-        k: `[kv_heads, kv_len, dim]`.
-        starts: int64 `[1 or heads, blocks, n]`, where chunks of `chunk` tokens begin, ascending.
-        limit: int64 `[blocks]`: an interval that begins after it is not looked at.
-        end: int64 `[blocks]`: chunks are cut off here.
-
-    Returns:
-        float32 `[heads, blocks, n]`; -inf where a chunk begins after the limit.
-    """
-    heads, blocks, _, dim = queries.shape
-    best = torch.full((heads, *starts.shape[1:]), float("-inf"), device=starts.device)
-    step = max(1, TILE_ELEMENTS // (heads * max(1, starts.shape[2]) * 2 * dim))
-    for first in range(0, blocks, step):
-        some = slice(first, first + step)
-        # Starts ascend: those in sight come first.
-        n = int((starts[:, some] <= limit[some, None]).sum(-1).max())
-        best[:, some, :n] = _scan(
-            queries[:, some].float(),
-            k,
-            starts[:, some, :n].expand(heads, -1, -1),
-            limit[some, None],
-            end[some, None],
-            chunk,
-        )
-    return best
-
-
-def _scan(
-    queries: Tensor, k: Tensor, left: Tensor, limit: Tensor, end: Tensor, chunk: int
-) -> Tensor:
-    right = torch.minimum(left + chunk, end)
-    best = torch.full(left.shape, float("-inf"), device=left.device)
-    # The authors scan once more where nothing is left to halve: that key has been scored.
-    for _ in range(max(1, (chunk - 1).bit_length())):
-        active = (left < right) & (left <= limit)
-        middle = (left + right) // 2
-        keys = torch.stack([(left + middle) // 2, (middle + right) // 2], -1)
-        scores = _scores(queries, k, keys)
-        best = torch.where(active, torch.maximum(best, scores.amax(-1)), best)
-        goes_left = scores[..., 0] > scores[..., 1]
-        right = torch.where(active & goes_left, middle, right)
-        left = torch.where(active & ~goes_left, middle, left)
-    return best
-
-
-def _scores(queries: Tensor, k: Tensor, keys: Tensor) -> Tensor:
-    """float32, q . k of the best group of rows, for positions `keys [heads, blocks, n, 2]`."""
-    heads = len(keys)
-    kv_head = torch.arange(heads, device=keys.device) * len(k) // heads
-    picked = k[kv_head[:, None, None], keys.flatten(2).clamp(max=k.shape[1] - 1)]
-    return (queries @ picked.float().mT).amax(2).view(keys.shape)

@@ -29,11 +29,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from sparse_patch_kernels import BlockPlan, RunList
+from sparse_patch_kernels.estimators.pooling import pool_mean
 from torch import Tensor
 
 from ..lines import line_runs, top_lines
 from ..registry import Examples, Knob, Method, check_sequence, param, register
-from ..scoring import pool_mean
 from ..selection import BlockGrid, mask_of, rank, to_query_grid
 from ..tables import entry_of, read_layers
 

@@ -20,11 +20,12 @@ from typing import ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan, RunList
+from sparse_patch_kernels.estimators import TILE_ELEMENTS
+from sparse_patch_kernels.estimators.pooling import grouped_scores, pool_mean
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..registry import Examples, Knob, Method, check_sequence, param, register
-from ..scoring import TILE_ELEMENTS, grouped_scores, pool_mean
 from ..selection import mask_of, rank
 
 

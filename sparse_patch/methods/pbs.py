@@ -28,27 +28,32 @@ from typing import Any, ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan, RunList
+from sparse_patch_kernels.estimators.pooling import grouped_scores, pool_mean
+from sparse_patch_kernels.estimators.probe import key_scores
+from sparse_patch_kernels.estimators.token_scores import antidiagonal_scores
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import scoring
 from ..block_scorer import per_head
 from ..registry import Examples, Knob, Method, check_sequence, param, register
 from ..selection import mass_of, to_query_grid
 from .proxyattn import proxy_heads
 
+# Numbers of sorted keys that are held at a time (128 MiB in float32).
+_SORTED_ELEMENTS = 1 << 25
+
 
 def _mean_pool(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
     """Mean query against mean key."""
-    pooled_k = scoring.pool_mean(k, pbs.block_size)
-    return scoring.grouped_scores(pbs.pool_queries(q, k.shape[1]), pooled_k, scale)
+    pooled_k = pool_mean(k, pbs.block_size)
+    return grouped_scores(pbs.pool_queries(q, k.shape[1]), pooled_k, scale)
 
 
 def _max_pool(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
     """Mean query against the largest value of each channel among the keys."""
     padded = F.pad(k.float(), (0, 0, 0, -k.shape[1] % pbs.block_size), value=float("-inf"))
     pooled_k = padded.reshape(len(k), -1, pbs.block_size, k.shape[2]).amax(2)
-    return scoring.grouped_scores(pbs.pool_queries(q, k.shape[1]), pooled_k, scale)
+    return grouped_scores(pbs.pool_queries(q, k.shape[1]), pooled_k, scale)
 
 
 def _antidiagonal(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
@@ -56,7 +61,7 @@ def _antidiagonal(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
 
     Its softmax runs over the query block's own segment too: rows that look there weigh less.
     """
-    return scoring.antidiagonal_scores(q, k, scale, block=pbs.block_size, stride=pbs.stride)
+    return antidiagonal_scores(q, k, scale, block=pbs.block_size, stride=pbs.stride)
 
 
 # Each takes q `[heads, q_len, dim]`, sorted keys `[lists, kv_len, dim]` and the scale, and returns
@@ -126,7 +131,7 @@ class PBS(Method):
         kv_head = torch.arange(lists, device=q.device) * k.shape[0] // lists
         masks = []
         # A few lists at a time: sorted keys of all query heads would be K many times over.
-        step = max(1, scoring.PROBE_ELEMENTS // (kv_len * dim))
+        step = max(1, _SORTED_ELEMENTS // (kv_len * dim))
         for first in range(0, lists, step):
             mine = slice(first, min(first + step, lists))
             of = slice(mine.start * heads // lists, mine.stop * heads // lists)
@@ -144,7 +149,7 @@ class PBS(Method):
         if self.variant == "released":
             q = F.pad(q, (0, 0, offset % block, -kv_len % block))
             offset -= offset % block
-        return scoring.pool_mean(q, block, offset)
+        return pool_mean(q, block, offset)
 
     def _key_order(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """int64 `[heads or kv_heads, kv_len]`: the key in each slot, from the last queries `q`."""
@@ -152,7 +157,7 @@ class PBS(Method):
         if self.share == "group":
             q = proxy_heads(q, kv_heads)
         whole = kv_len // self.segment * self.segment
-        score = scoring.key_scores(q, k[:, :whole], scale).view(len(q), -1, self.segment)
+        score = key_scores(q, k[:, :whole], scale).view(len(q), -1, self.segment)
         order = score.argsort(dim=-1, descending=True, stable=True)
         slot = torch.arange(kv_len, device=q.device)
         order += slot[: whole : self.segment, None]

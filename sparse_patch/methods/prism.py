@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from sparse_patch_kernels.estimators.pooling import grouped_scores, pool_mean
 from torch import Tensor
 
 from .. import selection
 from ..block_scorer import BlockScorer
 from ..registry import Examples, Knob, param, register
-from ..scoring import grouped_scores, pool_mean
 from ..selection import BlockGrid
 
 

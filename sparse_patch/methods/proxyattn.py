@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan
+from sparse_patch_kernels.estimators.token_scores import token_scores
 from torch import Tensor
 
 from ..block_scorer import POLICIES, BlockScorer
 from ..registry import Examples, Knob, param, register
-from ..scoring import token_scores
 from ..selection import BlockGrid
 
 

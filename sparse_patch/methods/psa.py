@@ -29,10 +29,10 @@ from typing import Any, ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan, RunList
+from sparse_patch_kernels.estimators.token_scores import token_scores
 from torch import Tensor
 
 from ..registry import Examples, Knob, Method, check_sequence, param, register
-from ..scoring import token_scores
 from ..selection import BlockGrid, mass_of, to_query_grid
 
 POOLS = (1, 2, 4, 8)

@@ -24,13 +24,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sparse_patch_kernels.estimators.pooling import grouped_scores, pool_mean
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from .. import selection
 from ..block_scorer import BlockScorer
 from ..registry import Examples, Knob, param, register
-from ..scoring import grouped_scores, pool_mean
 from ..selection import BlockGrid
 
 

@@ -30,11 +30,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparse_patch_kernels import BlockPlan, dispatch
+from sparse_patch_kernels.estimators.token_scores import token_scores
 from torch import Tensor
 
 from ..block_scorer import POLICIES, BlockScorer
+from ..held_out import scores_and_loss
 from ..registry import Examples, Knob, check_sequence, param, register
-from ..scoring import scores_and_loss, token_scores
 from ..selection import BlockGrid, rank
 from .proxyattn import proxy_heads
 

@@ -26,11 +26,11 @@ from typing import Any, ClassVar
 
 import torch
 from sparse_patch_kernels import BlockPlan
+from sparse_patch_kernels.estimators.token_scores import antidiagonal_scores
 from torch import Tensor
 
 from ..block_scorer import BlockScorer, per_head
 from ..registry import Examples, Knob, param, register
-from ..scoring import antidiagonal_scores
 from ..selection import BlockGrid, mass_of
 from ..tables import entry_of, read_layers
 

@@ -8,9 +8,9 @@ import torch
 
 
 def require_interpreter(name: str) -> ModuleType:
-    """Module `sparse_patch_kernels.triton.<name>`, run by the interpreter (see conftest.py)."""
+    """Module `sparse_patch_kernels.<name>`, run by the interpreter (see conftest.py)."""
     pytest.importorskip("triton", reason="the triton package is not installed")
-    module = importlib.import_module(f"sparse_patch_kernels.triton.{name}")
+    module = importlib.import_module(f"sparse_patch_kernels.{name}")
     assert importlib.import_module("sparse_patch_kernels.triton.launch").INTERPRETED
     return module
 

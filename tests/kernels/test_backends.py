@@ -12,8 +12,8 @@ from sparse_patch_kernels import (
     RunList,
     block_sparse_attention,
     choose_backend,
-    cpu_native,
 )
+from sparse_patch_kernels.cpu import native
 
 from tests.memory import largest_tensor
 
@@ -35,8 +35,8 @@ SHAPES = [
 def way_of_the_cpu(request, monkeypatch):
     """Both ways through the CPU backend."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(cpu_native, "_kernel", lambda: None)
-    elif cpu_native._kernel() is None:
+        monkeypatch.setattr(native, "_kernel", lambda: None)
+    elif native._kernel() is None:
         pytest.skip("no compiler")
 
 
@@ -278,7 +278,7 @@ def test_the_fused_path_is_taken_and_reads_any_layout(monkeypatch):
     def never(*_):
         raise AssertionError("the general path was taken")
 
-    monkeypatch.setattr("sparse_patch_kernels.cpu.attend_any", never)
+    monkeypatch.setattr("sparse_patch_kernels.cpu.forward.attend_any", never)
     for shape in SHAPES[6:]:
         q, k, v = inputs(shape)
         plan = variants(shape)["diagonal kept"]
@@ -295,7 +295,7 @@ def test_the_fused_path_is_taken_and_reads_any_layout(monkeypatch):
 
 
 def test_tiles_wider_than_the_limit_agree(monkeypatch):
-    monkeypatch.setattr("sparse_patch_kernels.cpu_general._MAX_TILE", 500)
+    monkeypatch.setattr("sparse_patch_kernels.cpu.general._MAX_TILE", 500)
     shape = SHAPES[0]
     q, k, v = inputs(shape)
     for plan in variants(shape, lists=1).values():

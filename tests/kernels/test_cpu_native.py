@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparse_patch_kernels import BlockPlan, RunList, block_sparse_attention, cpu_native
+from sparse_patch_kernels import BlockPlan, RunList, block_sparse_attention
+from sparse_patch_kernels.cpu import compile, native
 
 from tests.kernels.test_backends import SHAPES, assert_same, inputs, variants
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, cpu_native._COMPILERS)), reason="no C++ compiler on PATH"
+    not any(map(shutil.which, compile._COMPILERS)), reason="no C++ compiler on PATH"
 )
 
 
@@ -23,16 +24,16 @@ needs_compiler = pytest.mark.skipif(
 def fresh(monkeypatch, tmp_path):
     """A cache folder of its own, and nothing loaded."""
     monkeypatch.setenv("SPARSE_PATCH_CACHE", str(tmp_path))
-    cpu_native._kernel.cache_clear()
+    native._kernel.cache_clear()
     yield tmp_path / "kernels"
-    cpu_native._kernel.cache_clear()
+    native._kernel.cache_clear()
 
 
 def attend(dtype=torch.float32):
     shape = SHAPES[1]
     q, k, v = inputs(shape, dtype)
     plan = variants(shape)["order+sink+window"]
-    return cpu_native.attend(q, k, v, plan, 0.3)
+    return native.attend(q, k, v, plan, 0.3)
 
 
 # q_len, kv_len, block, width of a run, where runs begin: whole slices of 16 keys that many tasks
@@ -72,7 +73,7 @@ def check_sliced():
                 torch.randn(n, length, 24, generator=dice).to(dtype)
                 for n, length in ((4, q_len), (2, kv_len), (2, kv_len))
             )
-            got = cpu_native.attend(q, k, v, plan, 0.3)
+            got = native.attend(q, k, v, plan, 0.3)
             want = block_sparse_attention(
                 *(x.float() for x in (q, k, v)),
                 plan, scale=0.3, backend="reference", return_lse=True,
@@ -89,7 +90,7 @@ def check_all_variants():
                 for dtype, tolerance in ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)):
                     q, k, v = inputs(shape, dtype)
                     scale = shape[4] ** -0.5
-                    got = cpu_native.attend(q, k, v, plan, scale, softcap)
+                    got = native.attend(q, k, v, plan, scale, softcap)
                     want = block_sparse_attention(
                         *(x.float() for x in (q, k, v)),
                         plan,
@@ -106,19 +107,19 @@ def check_all_variants():
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "native"])
 def test_builds_for_older_cpus_are_right_too(fresh, monkeypatch, cpu):
     """SSE2, AVX2, and whatever is here: other vectors, and bfloat16 widened."""
-    if cpu != "native" and cpu_native.platform.machine() != "x86_64":
+    if cpu != "native" and compile.platform.machine() != "x86_64":
         pytest.skip("flags of another architecture")
-    monkeypatch.setattr(cpu_native, "_NATIVE", (f"-march={cpu}",))
+    monkeypatch.setattr(compile, "_NATIVE", (f"-march={cpu}",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cpu_native._kernel() is not None
+        assert native._kernel() is not None
     check_all_variants()
     check_sliced()
 
 
 @needs_compiler
 def test_nothing_is_read_that_was_not_written(fresh, monkeypatch):
-    monkeypatch.setattr(cpu_native, "_FLAGS", (*cpu_native._FLAGS, "-DPOISON"))
+    monkeypatch.setattr(compile, "_FLAGS", (*compile._FLAGS, "-DPOISON"))
     check_all_variants()
     check_sliced()
 
@@ -127,29 +128,29 @@ def test_nothing_is_read_that_was_not_written(fresh, monkeypatch):
 def test_it_is_compiled_once(fresh, monkeypatch):
     want = attend()
     (library,) = fresh.iterdir()
-    cpu_native._kernel.cache_clear()
-    monkeypatch.setattr(cpu_native, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert cpu_native.build() == library
+    native._kernel.cache_clear()
+    monkeypatch.setattr(compile, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert compile.build("attention") == library
     assert_same(attend(), want, 0)
 
 
 @needs_compiler
 def test_other_source_flags_or_compiler_make_another_library(fresh, monkeypatch, tmp_path):
-    names = {cpu_native.build().name}
-    monkeypatch.setattr(cpu_native, "_FLAGS", (*cpu_native._FLAGS, "-DNDEBUG"))
-    names.add(cpu_native.build().name)
+    names = {compile.build("attention").name}
+    monkeypatch.setattr(compile, "_FLAGS", (*compile._FLAGS, "-DNDEBUG"))
+    names.add(compile.build("attention").name)
     for changed in ("attention.cpp", "common.h"):
-        copy = shutil.copytree(cpu_native.NATIVE, tmp_path / changed)
+        copy = shutil.copytree(compile.SOURCES, tmp_path / changed)
         with (copy / changed).open("a") as source:
             source.write("\n// changed\n")
-        monkeypatch.setattr(cpu_native, "NATIVE", copy)
-        names.add(cpu_native.build().name)
+        monkeypatch.setattr(compile, "SOURCES", copy)
+        names.add(compile.build("attention").name)
     assert len(names) == 4
 
 
 @needs_compiler
 def test_processes_may_compile_at_the_same_time(fresh):
-    code = "from sparse_patch_kernels import cpu_native; print(cpu_native._kernel() is not None)"
+    code = "from sparse_patch_kernels.cpu import native; print(native._kernel() is not None)"
     path = os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     both = [
@@ -180,7 +181,7 @@ def give_away(path, monkeypatch):
 def test_the_cache_is_private_whatever_the_umask(fresh):
     before = os.umask(0)
     try:
-        library = cpu_native.build()
+        library = compile.build("attention")
     finally:
         os.umask(before)
     assert library.parent.stat().st_mode & 0o777 == 0o700
@@ -191,7 +192,7 @@ def test_the_cache_is_private_whatever_the_umask(fresh):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
 @pytest.mark.parametrize("mode", [0o720, 0o702])
 def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, mode):
-    library = cpu_native.build()
+    library = compile.build("attention")
     library.write_bytes(b"planted")
     library.chmod(mode)
     fresh.chmod(0o777)
@@ -204,7 +205,7 @@ def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, mod
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt" or not is_root(), reason="only root can give a file away")
 def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh):
-    library = cpu_native.build()
+    library = compile.build("attention")
     library.write_bytes(b"planted")
     os.chown(library, 12345, 12345)
     assert attend() is not None
@@ -215,10 +216,10 @@ def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh):
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
 def test_a_cache_folder_of_another_user_is_not_used(fresh, monkeypatch):
-    cpu_native.build()
+    compile.build("attention")
     give_away(fresh, monkeypatch)
     with pytest.raises(PermissionError, match=r"kernels is another user's.*SPARSE_PATCH_CACHE"):
-        cpu_native.build()
+        compile.build("attention")
     with pytest.warns(UserWarning, match="another user's"):
         assert attend() is None
 
@@ -233,7 +234,7 @@ def test_without_a_compiler_pytorch_does_the_work_and_says_so_once(
     if compiler:
         monkeypatch.setenv("CXX", compiler)
     else:
-        monkeypatch.setattr(cpu_native.shutil, "which", lambda _: None)
+        monkeypatch.setattr(compile.shutil, "which", lambda _: None)
         monkeypatch.delenv("CXX", raising=False)
     q, k, v = inputs(SHAPES[0])
     plan = variants(SHAPES[0])["blocks"]
@@ -262,7 +263,7 @@ def test_threads_change_nothing(monkeypatch):
     found = []
     for n in (1, 2, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
-        found.append(cpu_native.attend(q, k, v, plan, 0.3))
+        found.append(native.attend(q, k, v, plan, 0.3))
     for other in found[1:]:
         assert_same(other, found[0], 0)
 
@@ -273,20 +274,20 @@ def test_a_scale_that_is_not_positive_is_pytorch_s(scale):
     shape = SHAPES[0]
     q, k, v = inputs(shape)
     plan = variants(shape)["blocks+sink+window"]
-    assert cpu_native.attend(q, k, v, plan, scale) is None
+    assert native.attend(q, k, v, plan, scale) is None
     got = block_sparse_attention(q, k, v, plan, scale=scale, backend="cpu")
     want = block_sparse_attention(q, k, v, plan, scale=scale, backend="reference")
     torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", cpu_native.DTYPES)
+@pytest.mark.parametrize("dtype", compile.DTYPES)
 @pytest.mark.parametrize(("dim", "v_dim"), [(17, 15), (1, 3), (15, 33), (31, 31)])
 def test_odd_head_dimensions(dim, v_dim, dtype):
     shape = (4, 2, 50, 70, dim, v_dim, 16, 16)
     q, k, v = inputs(shape, dtype)
     plan = variants(shape)["blocks+sink+window"]
-    got = cpu_native.attend(q, k, v, plan, dim**-0.5)
+    got = native.attend(q, k, v, plan, dim**-0.5)
     want = block_sparse_attention(
         *(x.float() for x in (q, k, v)), plan, backend="reference", return_lse=True
     )
@@ -301,7 +302,7 @@ def test_the_default_dtype_does_not_matter():
         shape = SHAPES[1]
         with torch.random.fork_rng():
             q, k, v = (x.float() for x in inputs(shape))
-        out, lse = cpu_native.attend(q, k, v, variants(shape)["sink"], 0.3)
+        out, lse = native.attend(q, k, v, variants(shape)["sink"], 0.3)
     finally:
         torch.set_default_dtype(torch.float32)
     assert out.dtype == lse.dtype == want[1].dtype == torch.float32
@@ -319,15 +320,15 @@ def test_lists_changed_behind_the_plan_s_back_reach_no_other_memory():
     wild = BlockPlan(64, 64, 16, (RunList(start, count, 16),))
     start[:] = torch.tensor([-40, 0, 48, 4000], dtype=torch.int32)
     count[:] = 9
-    assert_same(cpu_native.attend(q, k, v, wild, 0.3), cpu_native.attend(q, k, v, tame, 0.3), 1e-6)
+    assert_same(native.attend(q, k, v, wild, 0.3), native.attend(q, k, v, tame, 0.3), 1e-6)
 
 
 @needs_compiler
 def test_the_kernel_in_use_has_a_name(monkeypatch):
-    cpu_native.compiled.cache_clear()
-    assert cpu_native.compiled() == cpu_native.build().name
-    monkeypatch.setattr(cpu_native, "_kernel", lambda: None)
-    assert cpu_native.compiled() is not None  # asked once a process
-    cpu_native.compiled.cache_clear()
-    assert cpu_native.compiled() is None
-    cpu_native.compiled.cache_clear()
+    native.compiled.cache_clear()
+    assert native.compiled() == compile.build("attention").name
+    monkeypatch.setattr(native, "_kernel", lambda: None)
+    assert native.compiled() is not None  # asked once a process
+    native.compiled.cache_clear()
+    assert native.compiled() is None
+    native.compiled.cache_clear()

@@ -5,19 +5,24 @@ import warnings
 
 import pytest
 import torch
-from sparse_patch_kernels import cpu_native, cpu_selection, dispatch
+from sparse_patch_kernels import dispatch
+from sparse_patch_kernels.cpu import compile, selection
+from sparse_patch_kernels.estimators.chunk_scan import native as chunk_scan
+from sparse_patch_kernels.estimators.chunk_scan import scan_chunks
+from sparse_patch_kernels.estimators.token_scores import native as token_scores
+from sparse_patch_kernels.estimators.token_scores import pooled_rows
+from sparse_patch_kernels.estimators.tree_search import native as tree_search
+from sparse_patch_kernels.estimators.tree_search import search_leaves
 
 from sparse_patch import get_method
-from sparse_patch.methods.hip import Hip, search_leaves
-from sparse_patch.methods.infinite_hip import scan_chunks
-from sparse_patch.scoring import pooled_rows
+from sparse_patch.methods.hip import Hip
 from tests.kernels.structured import laid_out, scattered, sequence
 from tests.methods.examples import SPARSE
 
 pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, cpu_native._COMPILERS)), reason="no C++ compiler on PATH"
+    not any(map(shutil.which, compile._COMPILERS)), reason="no C++ compiler on PATH"
 )
-DTYPES = cpu_native.DTYPES
+DTYPES = compile.DTYPES
 SMALL = {"block_q": 16, "block_k": 4, "mask_k": 32, "sink": 4, "window": 16}
 TREES = [
     {},
@@ -36,7 +41,7 @@ def masses(q, k, scale, rows, largest, width):
     """From C++, and from PyTorch."""
     seen = rows + k.shape[1] - q.shape[1] + 1
     call = (q, k, scale, rows, seen)
-    got = cpu_selection.pooled_rows(*call, width=width, largest=largest)
+    got = token_scores.pooled_rows(*call, width=width, largest=largest)
     assert got is not NotImplemented
     return got, pooled_rows.plain(*call, width=width, largest=largest)
 
@@ -82,9 +87,9 @@ def test_a_row_with_a_nan_is_all_nan():
 @pytest.mark.parametrize("change", TREES, ids=str)
 @pytest.mark.parametrize(("q_len", "kv_len"), [(700, 700), (130, 515), (1, 400)])
 def test_search_leaves(change, dtype, q_len, kv_len):
-    tree = Hip(**{**SMALL, **change})
+    tree = Hip(**{**SMALL, **change}).tree
     q, k, scale = sequence(4, 2, q_len, kv_len, 16, dtype)
-    got = cpu_selection.search_leaves(q, k, scale, tree)
+    got = tree_search.search_leaves(q, k, scale, tree)
     want = search_leaves.plain(q, k, scale, tree)
     assert torch.equal(got[1], want[1])
     valid = torch.arange(want[0].shape[2]) < want[1][..., None]
@@ -93,10 +98,10 @@ def test_search_leaves(change, dtype, q_len, kv_len):
 
 
 def test_search_takes_the_first_of_equal_leaves_and_bears_nan():
-    tree = Hip(**SMALL)
+    tree = Hip(**SMALL).tree
     for value in (0.0, float("nan")):
         q, k = torch.full((1, 300, 8), value), torch.ones(1, 300, 8)
-        got = cpu_selection.search_leaves(q, k, 1.0, tree)
+        got = tree_search.search_leaves(q, k, 1.0, tree)
         assert torch.equal(got[1], search_leaves.plain(q, k, 1.0, tree)[1])
         assert bool((got[0].diff(dim=-1) > 0)[..., : int(got[1].min()) - 1].all())
         if value == 0:
@@ -114,7 +119,7 @@ def test_scan_chunks(chunk, groups, dtype, shared):
     starts[..., -2:] = torch.iinfo(torch.int32).max
     end = torch.arange(1, blocks + 1) * 130
     call = (q.unflatten(1, (blocks, groups)), k, starts, end - 60, end, chunk)
-    got, want = cpu_selection.scan_chunks(*call), scan_chunks.plain(*call)
+    got, want = chunk_scan.scan_chunks(*call), scan_chunks.plain(*call)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -123,7 +128,7 @@ def test_scans_with_averaged_queries_take_keys_in_half_precision():
     call = torch.arange(0, 160, 8).repeat(1, 2, 1), torch.full((2,), 150), torch.full((2,), 190), 8
     queries, keys = q.unflatten(1, (2, 16)), k.bfloat16()
     got, want = (
-        cpu_selection.scan_chunks(queries, keys, *call),
+        chunk_scan.scan_chunks(queries, keys, *call),
         scan_chunks.plain(queries, keys, *call),
     )
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -132,24 +137,24 @@ def test_scans_with_averaged_queries_take_keys_in_half_precision():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_layout_in_memory(dtype):
     q, k, scale = sequence(4, 2, 200, 200, 16, dtype)
-    rows, tree = torch.arange(0, 200, 3), Hip(**SMALL)
+    rows, tree = torch.arange(0, 200, 3), Hip(**SMALL).tree
     want, _ = masses(q, k, scale, rows, False, 16)
     torch.testing.assert_close(masses(laid_out(q), laid_out(k), scale, rows, False, 16)[0], want)
-    leaves = cpu_selection.search_leaves(laid_out(q), laid_out(k), scale, tree)
-    assert torch.equal(leaves[0], cpu_selection.search_leaves(q, k, scale, tree)[0])
+    leaves = tree_search.search_leaves(laid_out(q), laid_out(k), scale, tree)
+    assert torch.equal(leaves[0], tree_search.search_leaves(q, k, scale, tree)[0])
     # Rows that are not in one piece are PyTorch's.
-    assert cpu_selection.search_leaves(scattered(q), k, scale, tree) is NotImplemented
+    assert tree_search.search_leaves(scattered(q), k, scale, tree) is NotImplemented
     assert torch.equal(search_leaves(scattered(q), k, scale, tree)[0], leaves[0])
 
 
 def test_what_it_cannot_take_is_pytorch_s():
     q, k, scale = sequence(2, 1, 300, 300, 16)
-    rows, tree = torch.arange(4), Hip(**SMALL)
+    rows, tree = torch.arange(4), Hip(**SMALL).tree
 
     def both(q, k, scale, width=16):
         return (
-            cpu_selection.pooled_rows(q, k, scale, rows, rows + 1, width=width),
-            cpu_selection.search_leaves(q, k, scale, tree),
+            token_scores.pooled_rows(q, k, scale, rows, rows + 1, width=width),
+            tree_search.search_leaves(q, k, scale, tree),
         )
 
     assert NotImplemented not in both(q, k, scale)
@@ -162,14 +167,14 @@ def test_what_it_cannot_take_is_pytorch_s():
 
 def test_threads_change_nothing(monkeypatch):
     q, k, scale = sequence(4, 2, 500, 500, 16)
-    rows, tree = torch.arange(0, 500, 2), Hip(**SMALL)
+    rows, tree = torch.arange(0, 500, 2), Hip(**SMALL).tree
     found = []
     for n in (1, 2, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
         found.append(
             (
                 masses(q, k, scale, rows, False, 16)[0],
-                *cpu_selection.search_leaves(q, k, scale, tree),
+                *tree_search.search_leaves(q, k, scale, tree),
             )
         )
     for other in found[1:]:
@@ -179,15 +184,15 @@ def test_threads_change_nothing(monkeypatch):
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
 def test_builds_for_older_cpus_are_right_too(monkeypatch, tmp_path, cpu):
     """SSE2 and AVX2: other vectors, and bfloat16 widened."""
-    if cpu_native.platform.machine() != "x86_64":
+    if compile.platform.machine() != "x86_64":
         pytest.skip("flags of another architecture")
     monkeypatch.setenv("SPARSE_PATCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(cpu_native, "_NATIVE", (f"-march={cpu}",))
+    monkeypatch.setattr(compile, "_NATIVE", (f"-march={cpu}",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        library = cpu_native.load("selection")
+        library = compile.load("selection")
     assert library is not None
-    monkeypatch.setattr(cpu_selection, "_library", lambda: library)
+    monkeypatch.setattr(selection, "_library", lambda: library)
     for dtype in DTYPES:
         for largest in (False, True):
             test_pooled_rows(6, 2, 300, 421, 64, 16, largest, dtype)
@@ -203,7 +208,7 @@ def test_without_a_compiler_methods_keep_the_same(name, monkeypatch):
     q, k, scale = sequence(4, 2, 420, 420, 16)
     plan = method.plan(q, k, scale=scale, q_offset=0)
     with monkeypatch.context() as patched:
-        patched.setattr(cpu_selection, "_library", lambda: None)
+        patched.setattr(selection, "_library", lambda: None)
         other = method.plan(q, k, scale=scale, q_offset=0)
     assert torch.equal(plan.to_dense_mask(), other.to_dense_mask())
 

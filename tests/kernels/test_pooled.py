@@ -9,10 +9,8 @@ from sparse_patch_kernels import (
     BlockPlan,
     RunList,
     block_sparse_attention,
-    cpu,
-    cpu_native,
-    cpu_pooled,
 )
+from sparse_patch_kernels.cpu import forward, native, pooled
 
 from tests.memory import largest_tensor
 
@@ -24,7 +22,7 @@ N_BLOCKS = N // BLOCK
 def way_of_the_cpu(request, monkeypatch):
     """Both ways through the CPU backend; pooled runs are PyTorch's in either."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(cpu_native, "_kernel", lambda: None)
+        monkeypatch.setattr(native, "_kernel", lambda: None)
 
 
 def sequence(heads=4, kv_heads=2, dim=16, dtype=torch.float32):
@@ -140,11 +138,11 @@ def test_the_token_list_keeps_its_fast_path_and_sparse_levels_gather(monkeypatch
         original = getattr(module, way)
         monkeypatch.setattr(module, way, lambda *args: (taken.append(way), original(*args))[1])
 
-    monkeypatch.setattr(cpu_native, "_kernel", lambda: None)
-    watch(cpu, "_aligned")
-    watch(cpu, "attend_any")
-    watch(cpu_pooled, "_gathered")
-    watch(cpu_pooled, "_masked")
+    monkeypatch.setattr(native, "_kernel", lambda: None)
+    watch(forward, "_aligned")
+    watch(forward, "attend_any")
+    watch(pooled, "_gathered")
+    watch(pooled, "_masked")
     block_sparse_attention(*sequence(), PLANS[name], backend="cpu")
     assert taken == ways
 
@@ -154,10 +152,10 @@ def test_the_token_list_keeps_its_fast_path_and_sparse_levels_gather(monkeypatch
 def test_both_ways_agree_in_tiles_of_any_size(monkeypatch, name, tile):
     q, k, v = sequence()
     want = block_sparse_attention(q, k, v, PLANS[name], backend="reference", return_lse=True)
-    monkeypatch.setattr(cpu_pooled, "_TILE", tile)
-    monkeypatch.setattr("sparse_patch_kernels.cpu_fused._TILE", tile)
+    monkeypatch.setattr(pooled, "_TILE", tile)
+    monkeypatch.setattr("sparse_patch_kernels.cpu.fused._TILE", tile)
     gathered = block_sparse_attention(q, k, v, PLANS[name], backend="cpu", return_lse=True)
-    monkeypatch.setattr(cpu_pooled, "_is_sparse_past", lambda *_: False)
+    monkeypatch.setattr(pooled, "_is_sparse_past", lambda *_: False)
     masked = block_sparse_attention(q, k, v, PLANS[name], backend="cpu", return_lse=True)
     for got in (gathered, masked):
         torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
@@ -195,8 +193,8 @@ def test_large_logits_stay_finite_and_nan_stays_in_its_row(backend, name):
 @pytest.mark.parametrize("pool", [2, 64])
 def test_cpu_never_builds_a_square(monkeypatch, pool, ordered):
     n, block = 2048, 64
-    monkeypatch.setattr(cpu_pooled, "_TILE", 1 << 14)
-    monkeypatch.setattr("sparse_patch_kernels.cpu_fused._TILE", 1 << 14)
+    monkeypatch.setattr(pooled, "_TILE", 1 << 14)
+    monkeypatch.setattr("sparse_patch_kernels.cpu.fused._TILE", 1 << 14)
     q, k, v = torch.randn(2, n, 8), torch.randn(1, n, 8), torch.randn(1, n, 8)
     past = torch.ones(2, n // block, n // block, dtype=torch.bool).tril(-1)
     order = torch.arange(n)[None] if ordered else None

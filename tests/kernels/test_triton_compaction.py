@@ -3,12 +3,12 @@
 import pytest
 import torch
 from sparse_patch_kernels import BlockPlan, RunList, dispatch
-from sparse_patch_kernels.runs import compact
+from sparse_patch_kernels.estimators.compaction import compact
 
 from sparse_patch import get_method
 from tests.kernels.interpreted import poison_empty, require_interpreter
 
-compaction = require_interpreter("compaction")
+compaction = require_interpreter("estimators.compaction.kernel")
 
 
 def random_mask(*shape, share=0.4):
@@ -68,7 +68,7 @@ def test_a_method_plans_the_same(monkeypatch):
 
 
 def test_a_recorded_launch_reads_nothing():
-    launch = require_interpreter("launch")
+    launch = require_interpreter("triton.launch")
     with launch.recording() as launches:
         index, count = compaction.compact(
             torch.empty(32, 512, 512, dtype=torch.bool, device="meta")

@@ -9,10 +9,10 @@ from sparse_patch_kernels import BlockPlan, RunList, block_sparse_attention
 from tests.kernels.interpreted import poison_empty, require_interpreter
 from tests.kernels.test_backends import SHAPES, assert_same, inputs, more_logits, variants
 
-forward = require_interpreter("forward")
-layout = require_interpreter("layout")
-launch = require_interpreter("launch")
-tiles = require_interpreter("tiles")
+forward = require_interpreter("triton.forward")
+layout = require_interpreter("triton.layout")
+launch = require_interpreter("triton.launch")
+tiles = require_interpreter("triton.tiles")
 
 # The interpreter takes a log of 0 for a row that sees nothing, as the GPU does in silence.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")

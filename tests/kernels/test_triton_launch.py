@@ -10,8 +10,8 @@ from sparse_patch_kernels import block_sparse_attention
 from tests.kernels.interpreted import require_interpreter
 from tests.kernels.test_backends import assert_same, inputs, variants
 
-launch = require_interpreter("launch")
-forward = require_interpreter("forward")
+launch = require_interpreter("triton.launch")
+forward = require_interpreter("triton.forward")
 triton = pytest.importorskip("triton")
 
 

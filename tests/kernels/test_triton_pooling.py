@@ -3,13 +3,14 @@
 import pytest
 import torch
 from sparse_patch_kernels import dispatch
+from sparse_patch_kernels.estimators.pooling import plain
 
-from sparse_patch import get_method, scoring
+from sparse_patch import get_method
 from tests.kernels.interpreted import poison_empty, require_interpreter
 from tests.kernels.structured import laid_out, scattered, sequence
 
-pooling = require_interpreter("pooling")
-launch = require_interpreter("launch")
+pooling = require_interpreter("estimators.pooling.kernel")
+launch = require_interpreter("triton.launch")
 
 
 def rows(heads, n, dim):
@@ -23,7 +24,7 @@ def rows(heads, n, dim):
 )  # fmt: skip
 def test_averages_blocks(n, block, offset, dim, monkeypatch):
     x = rows(3, n, dim)
-    want = scoring.pool_mean.plain(x, block, offset)
+    want = plain.pool_mean.plain(x, block, offset)
     poison_empty(monkeypatch)
     got = pooling.pool_mean(x, block, offset)
     assert got.dtype == torch.float32
@@ -33,7 +34,7 @@ def test_averages_blocks(n, block, offset, dim, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_is_summed_in_float32(dtype, monkeypatch):
     x = (rows(2, 3000, 16) + 3).to(dtype)
-    want = scoring.pool_mean.plain(x.float(), 2048, 100)
+    want = plain.pool_mean.plain(x.float(), 2048, 100)
     poison_empty(monkeypatch)
     torch.testing.assert_close(pooling.pool_mean(x, 2048, 100), want, atol=1e-5, rtol=1e-5)
 
@@ -43,7 +44,7 @@ def test_views(view, monkeypatch):
     x = rows(3, 90, 24)
     poison_empty(monkeypatch)
     got = pooling.pool_mean(view(x), 32, 7)
-    torch.testing.assert_close(got, scoring.pool_mean.plain(x, 32, 7), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got, plain.pool_mean.plain(x, 32, 7), atol=1e-6, rtol=1e-6)
 
 
 def test_launches_are_recorded_from_shapes_alone():

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from sparse_patch_kernels import dispatch
+from sparse_patch_kernels.estimators.probe import plain
 
-from sparse_patch import get_method, scoring
+from sparse_patch import get_method
 from tests.kernels.interpreted import poison_empty, require_interpreter
 from tests.kernels.structured import laid_out, scattered, sequence
 
-probe = require_interpreter("probe")
-launch = require_interpreter("launch")
+probe = require_interpreter("estimators.probe.kernel")
+launch = require_interpreter("triton.launch")
 
 # heads, KV heads, probing rows, keys, dim
 SHAPES = [
@@ -26,7 +27,7 @@ SHAPES = [
 
 def both(name, q, k, scale, monkeypatch):
     """What the kernel gives, and the plain function of the same numbers."""
-    want = getattr(scoring, name).plain(q.float(), k.float(), scale)
+    want = getattr(plain, name).plain(q.float(), k.float(), scale)
     poison_empty(monkeypatch)
     got = getattr(probe, name)(q, k, scale)
     return (got, want) if name == "probe_lines" else ((got,), (want,))
@@ -38,9 +39,9 @@ def both(name, q, k, scale, monkeypatch):
 def test_sums_of_probabilities(name, shape, dtype, monkeypatch):
     got, want = both(name, *sequence(*shape, dtype=dtype), monkeypatch)
     close = {"atol": 1e-7, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 1e-6, "rtol": 1e-4}
-    for ours, plain in zip(got, want, strict=True):
+    for ours, theirs in zip(got, want, strict=True):
         assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours, plain, **close)
+        torch.testing.assert_close(ours, theirs, **close)
         torch.testing.assert_close(ours.sum(-1), torch.ones(shape[0]), atol=1e-4, rtol=0)
 
 

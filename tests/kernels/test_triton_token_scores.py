@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 from sparse_patch_kernels import dispatch
+from sparse_patch_kernels.estimators.token_scores import plain
 
-from sparse_patch import get_method, scoring
+from sparse_patch import get_method
 from tests.kernels.interpreted import poison_empty, require_interpreter
 from tests.kernels.structured import laid_out, scattered, sequence
 
-kernels = require_interpreter("token_scores")
-launch = require_interpreter("launch")
+kernels = require_interpreter("estimators.token_scores.kernel")
+launch = require_interpreter("triton.launch")
 
 # heads, KV heads, queries, keys, dim
 SHAPES = [
@@ -36,7 +37,7 @@ SAMPLES = [
 
 def both(name, q, k, scale, monkeypatch, **params):
     """What the kernel gives, and the plain function of the same numbers."""
-    want = getattr(scoring, name).plain(q.float(), k.float(), scale, **params)
+    want = getattr(plain, name).plain(q.float(), k.float(), scale, **params)
     poison_empty(monkeypatch)
     return getattr(kernels, name)(q, k, scale, **params), want
 
@@ -143,9 +144,9 @@ def test_nothing_underflows(reduce, rows, monkeypatch):
 def test_other_blocks_are_left_to_the_plain_function(params, monkeypatch):
     q, k, scale = sequence(2, 1, 75, 90, 16)
     assert kernels.token_scores(q, k, scale, **params) is NotImplemented
-    want = scoring.token_scores.plain(q, k, scale, block=24)
+    want = plain.token_scores.plain(q, k, scale, block=24)
     monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
-    torch.testing.assert_close(scoring.token_scores(q, k, scale, block=24), want)
+    torch.testing.assert_close(plain.token_scores(q, k, scale, block=24), want)
     assert kernels.antidiagonal_scores(q, k, scale, block=24, stride=8) is NotImplemented
 
 

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_patch_kernels import dispatch
+from sparse_patch_kernels.estimators.tree_search import plain, search_leaves
 
 from sparse_patch import get_method
-from sparse_patch.methods import hip
-from sparse_patch.methods.hip import search_leaves
 from tests.kernels.interpreted import poison_empty, require_interpreter
 from tests.methods.hip_cases import lists, load
 
-tree_search = require_interpreter("tree_search")
+tree_search = require_interpreter("estimators.tree_search.kernel")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"block_q": 16, "block_k": 4, "mask_k": 32, "sink": 4, "window": 16}
@@ -37,10 +36,14 @@ def inputs(heads, kv_heads, q_len, kv_len, dim=16, seed=0, dtype=torch.float32):
     return tuple((x.clamp(-3.9, 3.9) * 16).round().div(16).to(dtype) for x in (q, k))
 
 
-def same_lists(q, k, method):
+def tree_of(**params):
+    return get_method("hip", **params).tree
+
+
+def same_lists(q, k, tree):
     """Assert that the kernels' lists are the plain ones, and end in zeros."""
-    want, want_count = search_leaves.plain(q, k, 0.25, method)
-    leaves, count = tree_search.search_leaves(q, k, 0.25, method)
+    want, want_count = search_leaves.plain(q, k, 0.25, tree)
+    leaves, count = tree_search.search_leaves(q, k, 0.25, tree)
     assert (leaves.dtype, count.dtype) == (torch.int32, torch.int32)
     assert torch.equal(count, want_count)
     holds = torch.arange(want.shape[2]) < count[..., None]
@@ -71,7 +74,7 @@ def same_lists(q, k, method):
 def test_lists_are_those_of_the_plain_search(q_len, kv_len, params, monkeypatch):
     q, k = inputs(2, 1, q_len, kv_len, seed=kv_len)
     poison_empty(monkeypatch)
-    same_lists(q, k, get_method("hip", **{**SMALL, **params}))
+    same_lists(q, k, tree_of(**{**SMALL, **params}))
 
 
 @pytest.mark.parametrize("dim", [8, 24, 64, 80, 128, 192])
@@ -79,7 +82,7 @@ def test_lists_are_those_of_the_plain_search(q_len, kv_len, params, monkeypatch)
 def test_any_head_dim(dim, dtype, monkeypatch):
     q, k = inputs(2, 1, 20, 200, dim, dtype=dtype)
     poison_empty(monkeypatch)
-    same_lists(q, k, get_method("hip", **SMALL))
+    same_lists(q, k, tree_of(**SMALL))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (6, 2)])
@@ -87,18 +90,18 @@ def test_any_group_of_heads(heads, kv_heads, monkeypatch):
     """In half precision, heads of a group share a program in the first round."""
     q, k = inputs(heads, kv_heads, 20, 200, dtype=torch.float16)
     poison_empty(monkeypatch)
-    same_lists(q, k, get_method("hip", **SMALL))
-    same_lists(q, k, get_method("hip", **{**SMALL, "block_q": 20, "stride_q": 20}))
+    same_lists(q, k, tree_of(**SMALL))
+    same_lists(q, k, tree_of(**{**SMALL, "block_q": 20, "stride_q": 20}))
 
 
 def test_any_strides():
     q, k = inputs(2, 1, 20, 200)
-    method = get_method("hip", **SMALL)
-    want = tree_search.search_leaves(q, k, 0.25, method)
+    tree = tree_of(**SMALL)
+    want = tree_search.search_leaves(q, k, 0.25, tree)
     rows_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k)]
     dims_first = [x.mT.contiguous().mT for x in (q, k)]
     for apart in (rows_first, dims_first):
-        got = tree_search.search_leaves(*apart, 0.25, method)
+        got = tree_search.search_leaves(*apart, 0.25, tree)
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
@@ -108,20 +111,20 @@ def test_a_program_may_score_all_chunks_or_a_part(programs, rep, monkeypatch):
     monkeypatch.setattr(tree_search, "_PROGRAMS", programs)
     q, k = inputs(2, 1, 32, 900)
     poison_empty(monkeypatch)
-    same_lists(q, k, get_method("hip", **{**SMALL, "mask_k": 256, "rep": rep}))
+    same_lists(q, k, tree_of(**{**SMALL, "mask_k": 256, "rep": rep}))
 
 
 def test_heads_may_be_searched_in_parts(monkeypatch):
     monkeypatch.setattr(tree_search, "_SCRATCH_BYTES", 1)
     q, k = inputs(6, 3, 20, 200)
     poison_empty(monkeypatch)
-    same_lists(q, k, get_method("hip", **SMALL))
+    same_lists(q, k, tree_of(**SMALL))
 
 
 def test_among_equal_scores_the_earlier_half_is_kept():
     """One round of scores that are few numbers, with chunks of none to three leaves."""
     q, k = torch.zeros(3, 96, 16), torch.zeros(1, 300, 16)
-    search = tree_search._Search(get_method("hip", **SMALL), q, k)
+    search = tree_search._Search(tree_of(**SMALL), q, k)
     (kept, scores), generator = search.scratch(q), torch.Generator().manual_seed(0)
     size = torch.randint(4, (1, 6, 8), generator=generator)
     start = size.cumsum(-1) - size
@@ -148,7 +151,7 @@ def test_among_equal_scores_the_earlier_half_is_kept():
 
 def test_a_list_of_equal_scores_is_no_longer_than_others():
     q, k = torch.ones(1, 32, 16), torch.ones(1, 300, 16)
-    leaves, count = tree_search.search_leaves(q, k, 1.0, get_method("hip", **SMALL))
+    leaves, count = tree_search.search_leaves(q, k, 1.0, tree_of(**SMALL))
     assert leaves.tolist() == [[list(range(8))] * 2]
     assert count.tolist() == [[8, 8]]
 
@@ -183,7 +186,7 @@ def test_the_method_plans_the_same(monkeypatch):
 
     want = [lists(plan, 4) for plan in plans()]
     monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
-    monkeypatch.setattr(hip, "dot", None)  # the plain search would call it
+    monkeypatch.setattr(plain, "dot", None)  # the plain search would call it
     for plan, same in zip(plans(), want, strict=True):
         plan.check()
         assert torch.equal(lists(plan, 4), same)
@@ -209,11 +212,11 @@ def test_a_broken_input_still_gives_lawful_lists(monkeypatch):
 )
 def test_what_the_kernels_decline_is_searched_plainly(params, monkeypatch):
     q, k = inputs(2, 1, 300, 5000)
-    method = get_method("hip", **params)
-    assert tree_search.search_leaves(q, k, 0.25, method) is NotImplemented
-    want = search_leaves.plain(q, k, 0.25, method)
+    tree = tree_of(**params)
+    assert tree_search.search_leaves(q, k, 0.25, tree) is NotImplemented
+    want = search_leaves.plain(q, k, 0.25, tree)
     monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
-    got = search_leaves(q, k, 0.25, method)
+    got = search_leaves(q, k, 0.25, tree)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
@@ -221,8 +224,8 @@ def test_what_the_kernels_decline_is_searched_plainly(params, monkeypatch):
 def test_rounds_are_known_before_any_launch(init):
     q, k = torch.zeros(1, 700, 16), torch.zeros(1, 760, 16)
     for beam in (1, 3):
-        method = get_method("hip", **{**SMALL, "block_q": 50, "init": init, "beam_factor": beam})
-        search = tree_search._Search(method, q, k)
+        tree = tree_of(**{**SMALL, "block_q": 50, "init": init, "beam_factor": beam})
+        search = tree_search._Search(tree, q, k)
         known = torch.tensor([search.rounds(block) for block in range(search.blocks)])
         needed = search.cut_leaves(q)[1][:, 0]
         assert bool((needed == known).all() if init == "floor" else (needed <= known).all())
@@ -231,11 +234,11 @@ def test_rounds_are_known_before_any_launch(init):
 
 
 def test_recorded_launches_read_nothing():
-    launch = require_interpreter("launch")
+    launch = require_interpreter("triton.launch")
     shapes = ((32, 32768, 128), (8, 32768, 128))
     q, k = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
     with launch.recording() as launches:
-        leaves, count = tree_search.search_leaves(q, k, 0.1, get_method("hip"))
+        leaves, count = tree_search.search_leaves(q, k, 0.1, tree_of())
     assert (leaves.shape, count.shape) == ((32, 512, 128), (32, 512))
     # 4062 leaves in 128 chunks: five rounds.
     names = ["_cut_leaves", *["_score_halves", "_keep_best"] * 5]

@@ -144,13 +144,6 @@ def test_an_unaligned_chunk_keeps_all_that_an_aligned_one_keeps(offset):
     assert bool(aware[:, own, own + offset].all())
 
 
-def test_the_probe_works_in_chunks_of_bounded_size(monkeypatch):
-    q, k = generated()
-    whole = block_mask(plan_of(q, k), 16, 64)
-    monkeypatch.setattr("sparse_patch.scoring.PROBE_ELEMENTS", 1)
-    assert torch.equal(block_mask(plan_of(q, k), 16, 64), whole)
-
-
 def test_a_broken_input_still_gives_a_lawful_plan():
     q, k = generated()
     q[:, -1] = float("nan")

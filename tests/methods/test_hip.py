@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparse_patch_kernels import block_sparse_attention, cpu_selection
+from sparse_patch_kernels import block_sparse_attention
+from sparse_patch_kernels.cpu import selection
+from sparse_patch_kernels.estimators.tree_search import plain
 
 from sparse_patch import get_method
 from sparse_patch.diagnostics import recall
@@ -130,7 +132,7 @@ def test_the_search_equals_a_plain_one(kv_len, offset, params):
 def keys_scored(monkeypatch, kv_len, method):
     """Keys that one head's search multiplies with queries, counted where that happens."""
     counted = 0
-    dot = hip.dot
+    dot = plain.dot
 
     def counting(queries, keys):
         nonlocal counted
@@ -140,8 +142,8 @@ def keys_scored(monkeypatch, kv_len, method):
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, kv_len, 4, generator=generator)
     with monkeypatch.context() as patched:
-        patched.setattr(cpu_selection, "_library", lambda: None)
-        patched.setattr(hip, "dot", counting)
+        patched.setattr(selection, "_library", lambda: None)
+        patched.setattr(plain, "dot", counting)
         method.plan(q, k, scale=1.0, q_offset=0)
     return counted
 
@@ -160,7 +162,7 @@ def test_work_grows_as_t_log_t(monkeypatch):
 
 
 def test_a_beam_as_wide_as_the_sequence_scores_every_leaf_once(monkeypatch):
-    monkeypatch.setattr(hip, "TILE_ELEMENTS", 1)  # one block at a time: no padding to the longest
+    monkeypatch.setattr(plain, "TILE_ELEMENTS", 1)  # one block at a time: no padding to the longest
     method = get_method("hip", beam_factor=100, **SMALL)
     leaves = [max(0, end - 20) // 4 for end in range(16, 513, 16)]
     searched = sum(n + n % 2 for n in leaves if n > 8)  # chunks are of two
@@ -168,19 +170,19 @@ def test_a_beam_as_wide_as_the_sequence_scores_every_leaf_once(monkeypatch):
 
 
 def test_a_few_keys_are_gathered_at_a_time(monkeypatch):
-    monkeypatch.setattr(cpu_selection, "_library", lambda: None)
+    monkeypatch.setattr(selection, "_library", lambda: None)
     method = get_method("hip", **SMALL)
     q, k = integers(4, 500, seed=1), integers(2, 500, seed=2)
     whole = lists(method.plan(q, k, scale=1.0, q_offset=0), 4)
-    monkeypatch.setattr(hip, "TILE_ELEMENTS", 1)
-    largest, dot = 0, hip.dot
+    monkeypatch.setattr(plain, "TILE_ELEMENTS", 1)
+    largest, dot = 0, plain.dot
 
     def watching(queries, keys):
         nonlocal largest
         largest = max(largest, keys.numel())
         return dot(queries, keys)
 
-    monkeypatch.setattr(hip, "dot", watching)
+    monkeypatch.setattr(plain, "dot", watching)
     assert torch.equal(lists(method.plan(q, k, scale=1.0, q_offset=0), 4), whole)
     assert largest <= 2 * 8 * 4 * 8  # two halves of 8 chunks, 4 keys each, of 8 numbers: one block
 

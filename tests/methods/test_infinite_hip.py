@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_patch_kernels import block_sparse_attention
+from sparse_patch_kernels.estimators.chunk_scan import plain
 
 from sparse_patch import get_method
 from sparse_patch.diagnostics import recall
@@ -198,7 +199,8 @@ def test_plans_of_any_length_are_lawful_and_use_the_budget():
 def test_query_blocks_are_scanned_a_few_at_a_time(monkeypatch):
     q, k = integers(4, 300, seed=1), integers(2, 300, seed=2)
     whole = lists(plan_of(q, k), 1)
-    monkeypatch.setattr(infinite_hip, "TILE_ELEMENTS", 1)
+    for module in (infinite_hip, plain):
+        monkeypatch.setattr(module, "TILE_ELEMENTS", 1)
     assert torch.equal(lists(plan_of(q, k), 1), whole)
 
 

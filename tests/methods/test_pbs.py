@@ -340,8 +340,8 @@ def test_exact_where_sparse_makes_no_sense():
 def test_work_goes_in_pieces_of_bounded_size(monkeypatch, params):
     q, k, _ = generated(1000)
     whole = plan_of(q, k, **params)
-    monkeypatch.setattr("sparse_patch.scoring.PROBE_ELEMENTS", 1)
-    monkeypatch.setattr("sparse_patch.scoring.TILE_ELEMENTS", 1)
+    monkeypatch.setattr("sparse_patch.methods.pbs._SORTED_ELEMENTS", 1)
+    monkeypatch.setattr("sparse_patch_kernels.estimators.token_scores.plain.TILE_ELEMENTS", 1)
     pieces = plan_of(q, k, **params)
     assert torch.equal(block_mask(pieces), block_mask(whole))
     assert torch.equal(pieces.key_order, whole.key_order)

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from sparse_patch_kernels import block_sparse_attention, cpu, cpu_pooled
+from sparse_patch_kernels import block_sparse_attention
+from sparse_patch_kernels.cpu import forward, pooled
+from sparse_patch_kernels.estimators.token_scores import token_scores
 
 from sparse_patch import get_method
 from sparse_patch.methods import psa
-from sparse_patch.scoring import token_scores
 from sparse_patch.selection import count_top_p, mass_of
 from tests.golden.gen_inputs import make_qkv
 
@@ -227,8 +228,8 @@ def test_the_cpu_backend_takes_its_fast_paths(monkeypatch):
     def never(*_):
         raise AssertionError("a slow path was taken")
 
-    monkeypatch.setattr(cpu, "attend_any", never)
-    monkeypatch.setattr(cpu_pooled, "_masked", never)
+    monkeypatch.setattr(forward, "attend_any", never)
+    monkeypatch.setattr(pooled, "_masked", never)
     got = block_sparse_attention(q, k, v, plan, backend="cpu")
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from sparse_patch_kernels.estimators.token_scores import plain
 
-from sparse_patch import block_scorer, get_method, scoring
+from sparse_patch import block_scorer, get_method, held_out
 from sparse_patch.block_scorer import BlockScorer
 from sparse_patch.selection import BlockGrid, rank
 from tests.golden.gen_inputs import make_qkv
@@ -166,7 +167,8 @@ def test_one_pass_over_the_sample_chooses_what_three_do(options, q_len, kv_len, 
     want = BlockScorer.plan(method, q, k, scale=scale, q_offset=offset).to_dense_mask()
     assert 0 < int(want.sum()) < 4 * q_len * kv_len // 2
     monkeypatch.setattr(block_scorer, "ranking_loss", lambda *_, **__: pytest.fail("another pass"))
-    for tile in (scoring.TILE_ELEMENTS, 1):
-        monkeypatch.setattr(scoring, "TILE_ELEMENTS", tile)
+    for tile in (held_out.TILE_ELEMENTS, 1):
+        for module in (held_out, plain):
+            monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
         got = method.plan(q, k, scale=scale, q_offset=offset)
         assert torch.equal(got.to_dense_mask(), want)

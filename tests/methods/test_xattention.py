@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from sparse_patch_kernels import BlockPlan, block_sparse_attention
+from sparse_patch_kernels.estimators.token_scores import plain
 
 import sparse_patch
-from sparse_patch import get_method, scoring
+from sparse_patch import get_method
 from sparse_patch.methods.xattention import _released_chunk
 from tests.golden.gen_inputs_pbs import load_inputs, make_qkv
 from tests.zoo import tiny_model
@@ -88,7 +89,7 @@ def naive_scores(q, k, scale, offset, block, stride):
 def test_scores_are_the_formula(n, offset, stride):
     q, k, _ = generated(n)
     q = q[:, offset:]
-    got = scoring.antidiagonal_scores(q, k, 0.125, block=32, stride=stride)
+    got = plain.antidiagonal_scores(q, k, 0.125, block=32, stride=stride)
     want = naive_scores(q, k, 0.125, offset, 32, stride)
     torch.testing.assert_close(got.exp(), want, atol=1e-5, rtol=1e-5)
     assert got.dtype == torch.float32
@@ -96,9 +97,9 @@ def test_scores_are_the_formula(n, offset, stride):
 
 def test_scores_work_in_tiles_of_bounded_size(monkeypatch):
     q, k, _ = generated(700)
-    whole = scoring.antidiagonal_scores(q, k, 0.125, block=64, stride=8)
-    monkeypatch.setattr(scoring, "TILE_ELEMENTS", 1)
-    tiled = scoring.antidiagonal_scores(q, k, 0.125, block=64, stride=8)
+    whole = plain.antidiagonal_scores(q, k, 0.125, block=64, stride=8)
+    monkeypatch.setattr(plain, "TILE_ELEMENTS", 1)
+    tiled = plain.antidiagonal_scores(q, k, 0.125, block=64, stride=8)
     torch.testing.assert_close(tiled, whole)
 
 

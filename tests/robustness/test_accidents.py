@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from sparse_patch_kernels import cpu_native
+from sparse_patch_kernels.cpu import native
 
 import sparse_patch
 from sparse_patch import layer
@@ -86,13 +86,13 @@ def test_an_accident_comes_through_and_leaves_nothing(smollm2, monkeypatch, stag
 
 
 def test_the_kernel_out_of_memory_is_an_error(smollm2, monkeypatch):
-    if cpu_native._kernel() is None:
+    if native._kernel() is None:
         pytest.skip("no compiler")
     ids = smollm2.ids(300)
     with smollm2.patch("flexprefill"):
         want = states(smollm2.model, ids)
         with monkeypatch.context() as patched:
-            patched.setattr(cpu_native, "_kernel", lambda: lambda _: ctypes.c_int(1))
+            patched.setattr(native, "_kernel", lambda: lambda _: ctypes.c_int(1))
             with pytest.raises(MemoryError, match="no memory"):
                 states(smollm2.model, ids)
         assert torch.equal(states(smollm2.model, ids), want)

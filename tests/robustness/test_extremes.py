@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from sparse_patch_kernels import BlockPlan, block_sparse_attention, cpu_native
+from sparse_patch_kernels import BlockPlan, block_sparse_attention
+from sparse_patch_kernels.cpu import native
 
 import sparse_patch
 from sparse_patch.exact import Exact
@@ -24,8 +25,8 @@ EXTREMES = ["large", "tiny", "constant keys", "zeros", "outliers"]
 def way(request):
     """Both ways through the CPU backend."""
     if request.param == "PyTorch":
-        return mock.patch.object(cpu_native, "_kernel", return_value=None)
-    if cpu_native._kernel() is None:
+        return mock.patch.object(native, "_kernel", return_value=None)
+    if native._kernel() is None:
         pytest.skip("no compiler")
     return contextlib.nullcontext()
 

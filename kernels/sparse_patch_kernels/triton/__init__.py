@@ -1,1 +1,1 @@
-"""The Triton kernels. Importing this package needs no Triton; importing a module of it does."""
+"""The Triton kernel of the op, and what all Triton kernels share. Its modules need Triton."""

@@ -18,15 +18,16 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
-from .tiles import split_dim
+from ...triton.launch import launch
+from ...triton.tiles import split_dim
+from .tree import Tree
 
 # Beyond these the plain search runs: rows of a block or keys of a leaf that fill more than a tile,
 # or more chunks than one program ranks in its registers.
@@ -48,24 +49,8 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _EMPTY = tl.constexpr(torch.iinfo(torch.int32).min)
 
 
-class Tree(Protocol):
-    """The parameters of a search, as `sparse_patch.methods.hip.Hip` has and describes them."""
-
-    block_q: int
-    stride_q: int
-    block_k: int
-    stride_k: int
-    mask_k: int
-    sink: int
-    window: int
-    rep: str
-    init: str
-    beam_factor: int
-    row_causal: bool
-
-
 def search_leaves(q: Tensor, k: Tensor, scale: float, tree: Tree) -> tuple[Tensor, Tensor] | Any:
-    """See `sparse_patch.methods.hip.search_leaves`; the lists are padded with 0.
+    """See `plain.search_leaves`; the lists are padded with 0.
 
     Of equal scores the earlier leaf wins, as there. Scores that differ by rounding may be ranked
     otherwise, and so may NaN. NotImplemented with more than 128 sampled rows a block, 128 sampled
@@ -100,8 +85,7 @@ class _Search:
         self.blocks = -(-self.q_len // tree.block_q)
         self.rows = -(-min(tree.block_q, self.q_len) // tree.stride_q)
         self.keys = -(-tree.block_k // tree.stride_k)
-        self.keep = -(-tree.mask_k // tree.block_k)
-        self.n_chunks = self.keep * tree.beam_factor
+        self.keep, self.n_chunks = tree.keep, tree.chunks
         self.per_block = _ONE_WARP if self.n_chunks <= 256 else _EIGHT_WARPS
 
     def rounds(self, block: int) -> int:

@@ -1,15 +1,15 @@
 """The CPU backend: gather a query block's kept keys, then run real matrix products on them.
 
 Work and memory follow the kept keys; nothing of size q_len x kv_len is ever built, and KV heads are
-never repeated. `cpu_native`, a compiled kernel, does all of it where a compiler is at hand. Where
+never repeated. `native`, a compiled kernel, does all of it where a compiler is at hand. Where
 none is, and for float64, PyTorch does, in one of two ways:
 
 * `_aligned`, for block lists on the diagonal grid (most methods): the diagonal blocks run as one
   batch of causal calls, and all else needs no mask. Both use PyTorch's own fused CPU kernel, which
   also returns the log-sum-exp that joins the two halves.
-* `cpu_general`, for any other plan: explicit products and softmax, masked only where rows differ.
+* `general`, for any other plan: explicit products and softmax, masked only where rows differ.
 
-Pooled runs are computed apart, by `cpu_pooled`, and joined the same way.
+Pooled runs are computed apart, by `pooled`, and joined the same way.
 
 PyTorch multiplies bf16 and fp16 inputs in float32; the compiled kernel multiplies bf16 as such
 where the CPU can (AVX512-BF16).
@@ -22,11 +22,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .cpu_fused import attend_blocks, fused, join, pad_to
-from .cpu_general import attend_any
-from .cpu_native import DTYPES, attend
-from .cpu_pooled import attend_pooled
-from .plan import BlockPlan
+from ..plan import BlockPlan
+from .compile import DTYPES
+from .fused import attend_blocks, fused, join, pad_to
+from .general import attend_any
+from .native import attend
+from .pooled import attend_pooled
 
 
 def block_sparse_attention(

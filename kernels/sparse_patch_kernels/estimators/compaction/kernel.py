@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from ...triton.launch import launch
 
 # A row of a mask is some hundred to some thousand entries, 4 bytes each to write: nothing to tune.
 _CONFIGS = (triton.Config({}, num_warps=4, num_stages=1),)
 
 
 def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """See runs.compact. The list is as wide as the mask, and padded with 0."""
+    """See `plain.compact`. The list is as wide as the mask, and padded with 0."""
     lists, rows, n = mask.shape
     index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
     count = torch.empty(lists, rows, dtype=torch.int32, device=mask.device)

@@ -1,17 +1,17 @@
-"""The pieces that methods share, against one-line definitions."""
+"""The plain versions of the estimators, against one-line definitions."""
 
 import math
 
 import pytest
 import torch
-
-from sparse_patch import scoring, selection
+from sparse_patch_kernels.estimators import pooling, probe
+from sparse_patch_kernels.estimators.token_scores import plain, token_scores
 
 
 @pytest.mark.parametrize("offset", [0, 3, 8, 13])
 def test_pool_mean_averages_the_rows_of_each_grid_block(offset):
     x = torch.randn(2, 29, 4)
-    pooled = scoring.pool_mean(x, 8, offset)
+    pooled = pooling.pool_mean(x, 8, offset)
     blocks = (torch.arange(29) + offset) // 8
     for i, block in enumerate(blocks.unique()):
         torch.testing.assert_close(pooled[:, i], x[:, blocks == block].mean(1))
@@ -20,12 +20,12 @@ def test_pool_mean_averages_the_rows_of_each_grid_block(offset):
 
 def test_pool_mean_accumulates_in_float32():
     x = torch.full((1, 4096, 1), 1.001, dtype=torch.bfloat16)
-    assert scoring.pool_mean(x, 4096).item() == pytest.approx(float(x[0, 0, 0]), rel=1e-6)
+    assert pooling.pool_mean(x, 4096).item() == pytest.approx(float(x[0, 0, 0]), rel=1e-6)
 
 
 def test_probe_lines_sum_probabilities_down_and_along():
     q, k = torch.randn(4, 8, 16), torch.randn(2, 30, 16)
-    vertical, slash = scoring.probe_lines(q, k, 0.25)
+    vertical, slash = probe.probe_lines(q, k, 0.25)
     scores = q @ k.repeat_interleave(2, 0).mT * 0.25
     causal = torch.ones(8, 30, dtype=torch.bool).tril(22)
     probs = scores.masked_fill(~causal, float("-inf")).softmax(-1)
@@ -35,35 +35,8 @@ def test_probe_lines_sum_probabilities_down_and_along():
         torch.testing.assert_close(slash[:, 29 - distance], along / 8 + torch.zeros(4))
 
 
-@pytest.mark.parametrize("offset", [0, 40, 37])
-def test_ranking_loss_is_what_held_out_rows_miss(offset, monkeypatch):
-    monkeypatch.setattr(scoring, "TILE_ELEMENTS", 1)  # a tile of one query block
-    n, block, stride = 200, 16, 8
-    q, k = torch.randn(4, n - offset, 8), torch.randn(2, n, 8)
-    scores = torch.randn(2, 13 - offset // block, 13)
-    grid = selection.BlockGrid(n - offset, n, block, block, q.device)
-    order = selection.rank(scores, grid.causal(), grid.forced(1, 1))
-    got = scoring.ranking_loss(q, k, 0.5, order, block_q=block, block_k=block, stride=stride)
-    logits = q @ k.repeat_interleave(2, 0).mT * 0.5
-    row = torch.arange(offset, n)
-    probs = logits.masked_fill(torch.arange(n) > row[:, None], float("-inf")).softmax(-1)
-    blocks = torch.stack([c.sum(-1) for c in probs.split(block, -1)], -1)
-    # Half a stride after the multiples; a block that has no such row gives its last one.
-    taken = {int(r) for r in row if r % stride == stride // 2}
-    ends = [min((b + 1) * block, n) - 1 for b in range(offset // block, 13)]
-    taken |= {end for end in ends if not taken & set(range(end // block * block, end + 1))}
-    for head in range(4):
-        for count in range(1, 14):
-            lost = []
-            for r in sorted(taken):
-                kept = order[head // 2, r // block - offset // block, :count]
-                lost.append(1 - blocks[head, r - offset, kept].sum())
-            want = torch.stack(lost).clamp(min=0).square().mean().sqrt()
-            torch.testing.assert_close(got[head, count - 1], want, atol=1e-5, rtol=0)
-
-
 def test_pool_sum_pads_the_last_block():
-    assert scoring.pool_sum(torch.ones(1, 5), 2).tolist() == [[2, 2, 1]]
+    assert pooling.pool_sum(torch.ones(1, 5), 2).tolist() == [[2, 2, 1]]
 
 
 def direct_token_scores(q, k, scale, block, stride_q, stride_k, reduce):
@@ -99,14 +72,12 @@ def test_token_scores_are_the_log_mass_of_real_softmax_rows(
     monkeypatch, q_len, kv_len, strides, reduce, tile
 ):
     if tile:  # one query block at a time
-        monkeypatch.setattr(scoring, "TILE_ELEMENTS", tile)
+        monkeypatch.setattr(plain, "TILE_ELEMENTS", tile)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(4, q_len, 8, generator=generator) * 2
     k = torch.randn(2, kv_len, 8, generator=generator)
     stride_q, stride_k = strides
-    got = scoring.token_scores(
-        q, k, 0.5, block=16, stride_q=stride_q, stride_k=stride_k, reduce=reduce
-    )
+    got = token_scores(q, k, 0.5, block=16, stride_q=stride_q, stride_k=stride_k, reduce=reduce)
     want = direct_token_scores(q, k, 0.5, 16, stride_q, stride_k, reduce)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=0)
@@ -115,7 +86,7 @@ def test_token_scores_are_the_log_mass_of_real_softmax_rows(
 def test_token_scores_of_a_maximum_do_not_underflow():
     """Probabilities of e^-200 are 0 in float32; as logs they still rank."""
     k = torch.tensor([200.0, -20, -10, 0]).repeat_interleave(16)[None, :, None]
-    scores = scoring.token_scores(torch.ones(1, 64, 1), k, 1.0, block=16, reduce="max")
+    scores = token_scores(torch.ones(1, 64, 1), k, 1.0, block=16, reduce="max")
     want = torch.tensor([200.0, -20, -10, 0]) - 200 - math.log(16)
     torch.testing.assert_close(scores[0, 3], want)
 
@@ -123,8 +94,8 @@ def test_token_scores_of_a_maximum_do_not_underflow():
 def test_token_scores_read_low_precision_in_float32():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 64, 16, generator=generator).bfloat16() for _ in range(2))
-    got = scoring.token_scores(q, k, 0.25, block=16)
-    torch.testing.assert_close(got, scoring.token_scores(q.float(), k.float(), 0.25, block=16))
+    got = token_scores(q, k, 0.25, block=16)
+    torch.testing.assert_close(got, token_scores(q.float(), k.float(), 0.25, block=16))
 
 
 def test_probe_mass_is_the_probe_rows_mean_probability_of_each_block():
@@ -133,4 +104,4 @@ def test_probe_mass_is_the_probe_rows_mean_probability_of_each_block():
     scores = (q @ k.repeat_interleave(2, 0).mT).masked_fill(~causal, float("-inf"))
     mean = scores.softmax(-1).mean(1)
     want = torch.stack([mean[:, i : i + 8].sum(-1) for i in range(0, 30, 8)], -1)
-    torch.testing.assert_close(scoring.probe_mass(q, k, 1.0, 8), want)
+    torch.testing.assert_close(probe.probe_mass(q, k, 1.0, 8), want)

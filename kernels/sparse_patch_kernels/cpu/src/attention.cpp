@@ -1,4 +1,4 @@
-// Block-sparse attention forward on a CPU: what `cpu_native.py` compiles and calls.
+// Block-sparse attention forward on a CPU: what `native.py` calls.
 //
 // A task is one query block of the query heads that share their lists and their KV head: its rows
 // meet the keys that the plan names, a tile of keys at a time, with an online softmax in base 2.

@@ -1,5 +1,5 @@
 // What costs most when methods choose, on a CPU: products of some queries with many keys, reduced
-// on the spot. `cpu_selection.py` compiles and calls it; the plain functions that it stands in for
+// on the spot. `cpu/selection.py` loads it; the plain functions that it stands in for
 // say what is computed.
 //
 // Queries lie in panels, one in each lane. Keys are read where they are, a word (a float, or two
@@ -30,7 +30,7 @@ struct Masses {
   int32_t largest;  // the log of a block's largest probability, in place of its sum
 };
 
-// HiP's search, as methods/hip.py has it.
+// HiP's search, see estimators/tree_search.
 struct Search {
   Inputs in;
   int32_t *leaves, *count;         // [heads, n_blocks, keep], [heads, n_blocks]
@@ -41,7 +41,7 @@ struct Search {
   int32_t center, equal;  // who represents a chunk; are the first chunks equal
 };
 
-// InfiniteHiP's scans, as methods/infinite_hip.py has them. q is [heads, n_blocks * n_rows, dim].
+// InfiniteHiP's scans, see estimators/chunk_scan. q is [heads, n_blocks * n_rows, dim].
 struct Scans {
   Inputs in;
   float* best;                          // [heads, n_blocks, n]

@@ -19,8 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
-from .tiles import LN2, LOG2E, load_split, log2_add, log2_sum, power_of_two, products, split_dim
+from ...triton.launch import launch
+from ...triton.tiles import (
+    LN2,
+    LOG2E,
+    load_split,
+    log2_add,
+    log2_sum,
+    power_of_two,
+    products,
+    split_dim,
+)
 
 # Keys of a program (32 heads at 4k keys then make two for each SM of an H100) and of its tiles.
 _CHUNK, _BLOCK_N = 512, 64
@@ -30,7 +39,7 @@ _BLOCK_M, _TURNED_M = 128, 64
 
 
 def probe_lines(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `sparse_patch.scoring.probe_lines`: float32 `[heads, kv_len]` twice."""
+    """As `plain.probe_lines`: float32 `[heads, kv_len]` twice."""
     vertical, parts = _sums(q, k, scale, causal=True)
     slash = torch.zeros_like(vertical)
     kv_len, rows = k.shape[1], power_of_two(q.shape[1], 16, _TURNED_M)
@@ -42,7 +51,7 @@ def probe_lines(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def key_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """As `sparse_patch.scoring.key_scores`: float32 `[heads, kv_len]`."""
+    """As `plain.key_scores`: float32 `[heads, kv_len]`."""
     return _sums(q, k, scale, causal=False)[0]
 
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
-from .tiles import power_of_two
+from ...triton.launch import launch
+from ...triton.tiles import power_of_two
 
 # Numbers that a program reads at a time: 32 a thread.
 _TILE = 4096
@@ -16,7 +16,7 @@ _CONFIGS = (triton.Config({}, num_warps=4, num_stages=2),)
 
 
 def pool_mean(x: Tensor, block: int, offset: int = 0) -> Tensor:
-    """As `sparse_patch.scoring.pool_mean`: float32 `[heads, blocks, dim]`."""
+    """As `plain.pool_mean`: float32 `[heads, blocks, dim]`."""
     heads, n, dim = x.shape
     if x.stride(2) != 1:
         x = x.contiguous()

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Chip, chip_of, launch
-from .tiles import (
+from ...triton.launch import Chip, chip_of, launch
+from ...triton.tiles import (
     LN2,
     LOG2E,
     load_rows,
@@ -53,7 +53,7 @@ def token_scores(
     stride_k: int = 1,
     reduce: str = "sum",
 ) -> Any:
-    """As `sparse_patch.scoring.token_scores`: float32 `[heads, rows, blocks]`.
+    """As `plain.token_scores`: float32 `[heads, rows, blocks]`.
 
     NotImplemented where a key block holds more than 256 sampled keys, or no power of two of them.
     """
@@ -64,7 +64,7 @@ def token_scores(
 
 
 def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, *, block: int, stride: int) -> Any:
-    """As `sparse_patch.scoring.antidiagonal_scores`: float32 `[heads, rows, blocks]`.
+    """As `plain.antidiagonal_scores`: float32 `[heads, rows, blocks]`.
 
     Rows of groups are read where they lie. NotImplemented where a block holds more than 128
     groups, or no power of two of them.

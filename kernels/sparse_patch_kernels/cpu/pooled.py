@@ -19,10 +19,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .cpu_fused import attend_blocks, pad_to
-from .cpu_general import attend_seen
-from .plan import BlockPlan
-from .runs import RunList
+from ..plan import BlockPlan
+from ..runs import RunList
+from .fused import attend_blocks, pad_to
+from .general import attend_seen
 
 # Scores of one head in `_masked`, in elements: 1 MiB in float32. Small tiles also waste little on
 # groups in the future of their first rows.

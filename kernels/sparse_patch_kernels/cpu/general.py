@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .plan import BlockPlan
+from ..plan import BlockPlan
 
 # Scores of one product, in elements: 16 MiB in float32, so that they stay near the caches.
 _MAX_TILE = 1 << 22

@@ -1,0 +1,1 @@
+"""The CPU backend, and how compiled C++ comes to run on a CPU."""
