@@ -29,10 +29,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
-from sparse_patch_eval.models import load
-from sparse_patch_eval.options import parse_lengths
-from sparse_patch_eval.prefill import machine
-from sparse_patch_eval.text import long_text
+from sparse_patch_eval.base.machine import machine
+from sparse_patch_eval.base.options import parse_lengths
+from sparse_patch_eval.inputs.models import load
+from sparse_patch_eval.inputs.text import long_text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

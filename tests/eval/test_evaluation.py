@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sparse_patch_eval import evaluation
-from sparse_patch_eval.evaluation import Setup, evaluate
-from sparse_patch_eval.run_folder import RunFolder, run_config, summary
-from sparse_patch_eval.text_unit import SCORED, TextUnit
-from sparse_patch_eval.units import How, Sample, Scored
+from sparse_patch_eval.runs import evaluation
+from sparse_patch_eval.runs.evaluation import Setup, evaluate
+from sparse_patch_eval.runs.folder import RunFolder, run_config, summary
+from sparse_patch_eval.runs.text_unit import SCORED, TextUnit
+from sparse_patch_eval.runs.unit import How, Sample, Scored
 
 from sparse_patch import get_method
 

@@ -3,8 +3,8 @@
 import math
 
 import pytest
-from sparse_patch_eval.knobs import KNOBS, Tuner, knob_of, missing_methods, spec_of
-from sparse_patch_eval.options import parse_method, split_method
+from sparse_patch_eval.base.options import parse_method, split_method
+from sparse_patch_eval.tuning.knobs import KNOBS, Tuner, knob_of, missing_methods, spec_of
 
 import sparse_patch
 

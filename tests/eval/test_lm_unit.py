@@ -5,9 +5,9 @@ from __future__ import annotations
 import datasets
 import pytest
 from lm_eval.tasks import TaskManager
-from sparse_patch_eval import lm_unit
-from sparse_patch_eval.lm_unit import LmUnit
-from sparse_patch_eval.units import How
+from sparse_patch_eval.runs import lm_unit
+from sparse_patch_eval.runs.lm_unit import LmUnit
+from sparse_patch_eval.runs.unit import How
 
 from sparse_patch import get_method
 

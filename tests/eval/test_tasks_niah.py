@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("wonderwords")
 
+from sparse_patch_eval.inputs.text import long_text
 from sparse_patch_eval.tasks.table import RULER
 from sparse_patch_eval.tasks.values import DEPTHS, NOISE, prose
-from sparse_patch_eval.text import long_text
 
 from tests.eval.task_documents import made
 

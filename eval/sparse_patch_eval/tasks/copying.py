@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_patch_eval.inputs.text import QUESTION, STATEMENT, WORDS
 from sparse_patch_eval.tasks.sample import CANDIDATES, Draw, Growth, Sample, Series
 from sparse_patch_eval.tasks.values import LEAST_WORDS, distinct, insert, prose
-from sparse_patch_eval.text import QUESTION, STATEMENT, WORDS
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sparse_patch_eval.models import load_tokenizer
+from sparse_patch_eval.inputs.models import load_tokenizer
 from sparse_patch_eval.tasks.sample import Draw, Generator, Sample, TooShort, fit
 from sparse_patch_eval.tasks.table import GENERATORS, GRID, GRID_WORDINGS
 from sparse_patch_eval.tasks.values import DEPTHS
