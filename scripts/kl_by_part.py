@@ -29,8 +29,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from plots import plot
-from sparse_patch_eval.ask.answer import exact_share, whole_density
 from sparse_patch_eval.ask.capture import capture
+from sparse_patch_eval.ask.density import exact_share, whole_density
 from sparse_patch_eval.ask.judge import judge, plan_of
 from sparse_patch_eval.ask.kl import kl_rows
 from sparse_patch_eval.base.console import console, progress, user_errors

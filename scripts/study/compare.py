@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sparse_patch_eval.ask.answer import exact_share, likelihood, whole_density
+from sparse_patch_eval.ask.answer import likelihood
 from sparse_patch_eval.ask.capture import Attention, capture
+from sparse_patch_eval.ask.density import exact_share, whole_density
 from sparse_patch_eval.ask.judge import dense_output, judge, output_error, plan_of
 from sparse_patch_eval.ask.kl import kl_rows
 from sparse_patch_eval.ask.prefill import Prefill

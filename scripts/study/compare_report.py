@@ -10,7 +10,7 @@ from typing import Any
 from plots import legend_outside, style
 from sparse_patch_eval.base.rows import Row
 from sparse_patch_eval.base.stats import bootstrap, ranks, winner
-from sparse_patch_eval.tasks.sample import CANDIDATES
+from sparse_patch_eval.tasks.problem import CANDIDATES
 
 DENSE = "dense SDPA"
 # A method is ranked where it keeps, on the measured prompts, what the target says give or take this

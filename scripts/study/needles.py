@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from sparse_patch_eval.inputs.parts import no_room, parts
 from sparse_patch_eval.inputs.text import QUESTION, STATEMENT, WORDS, bos, encode, window
-from sparse_patch_eval.tasks.sample import CANDIDATES
+from sparse_patch_eval.tasks.problem import CANDIDATES
 from transformers import PreTrainedTokenizerBase
 
 KEYS = (1, CANDIDATES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from sparse_patch_eval.ask import density
 from sparse_patch_eval.ask.capture import Attention, capture
 from sparse_patch_eval.ask.judge import plan_of
 from sparse_patch_eval.base.options import choose_layers, parse_method
@@ -45,5 +46,4 @@ def mean_density(spec: str, captured: Sequence[dict[int, Attention]]) -> float:
     """Kept / causal of a method's plans, mean over what was captured; exact counts as 1."""
     method = parse_method(spec)
     plans = [plan_of(method, layer, one) for inside in captured for layer, one in inside.items()]
-    kept = [1.0 if plan is None else plan.density for plan in plans]
-    return sum(kept) / len(kept)
+    return density.mean_density(None if plan is None else plan.density for plan in plans)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
-from sparse_patch import Method, Report
+from sparse_patch import Method
 from sparse_patch_eval.ask.prefill import Prefill, prefill
 
 # Tokens of an answer that are scored in one forward: less than `min_queries` of a patch, so that
@@ -129,17 +129,6 @@ def patched(
     if method is None:
         return contextlib.nullcontext()
     return sparse_patch.patch(model, method, **(options or {}))
-
-
-def whole_density(report: Report) -> float:
-    """Density over all layers of one prefill; a layer that ran exact counts as 1."""
-    kept = [1.0 if layer.density is None else layer.density for layer in report.layers]
-    return sum(kept) / len(kept)
-
-
-def exact_share(report: Report) -> float:
-    """Share of the layers of one prefill that ran exact."""
-    return sum(layer.density is None for layer in report.layers) / len(report.layers)
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,20 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: a line that is whole is no row; names the file and the line.
     """
-    if not path.exists():
-        return []
+    return [row for _, row in read_lines(path) if row is not None] if path.exists() else []
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Row | None]]:
+    """Number and row of each line of a file that is not blank; None is what a kill left of one.
+
+    Raises:
+        ValueError: see `read_rows`.
+    """
     # Not splitlines: a line separator of Unicode inside an answer ends no line of the file.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = (_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1))
-    return [row for row in rows if row is not None]
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, _parse(line, f"{path}, line {number}")
 
 
 def _parse(line: str, where: str) -> Row | None:

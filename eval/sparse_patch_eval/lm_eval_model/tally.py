@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from sparse_patch import LayerReport, Patch, Report
+from sparse_patch_eval.ask.density import overall_density
 
 
 @dataclass
@@ -57,7 +58,7 @@ class LayerSums:
         return {
             "calls": self.calls,
             "sparse_calls": self.sparse,
-            "density": _ratio(self.density + self.calls - self.sparse, self.calls),
+            "density": overall_density(self.density, self.sparse, self.calls - self.sparse),
             "sparse_density": _ratio(self.density, self.sparse),
             "recall": _ratio(self.recall, self.measured),
             "exact": {why: count for why, count in self.exact.most_common() if count},

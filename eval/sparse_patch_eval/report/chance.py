@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparse_patch_eval.base.stats import bootstrap
-from sparse_patch_eval.tasks.sample import CANDIDATES
+from sparse_patch_eval.tasks.problem import CANDIDATES
 
 SEED = 0
 # A method can lose at most what dense is above chance: less than this is lost in the noise.

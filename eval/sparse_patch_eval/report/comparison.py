@@ -17,7 +17,8 @@ from typing import Any
 
 from sparse_patch_eval.report.scores import FEW, Cells, Score, score_columns
 from sparse_patch_eval.report.sections import Section, dense_partners, sections
-from sparse_patch_eval.runs.reading import Run, Sample
+from sparse_patch_eval.runs.format import Sample
+from sparse_patch_eval.runs.reading import Run
 
 AVERAGE = "average"
 # A method of which more calls than this ran exact says little about the method.

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparse_patch_eval.report.plots import WIDTH, Figure, panel, set_title
 from sparse_patch_eval.report.sections import Section
-from sparse_patch_eval.runs.reading import Sample
+from sparse_patch_eval.runs.format import Sample
 
 # Blue to yellow, even in lightness: readable with every kind of colour blindness, in print and on
 # a dark page, which the usual red-yellow-green is not (Nunez et al. 2018, cividis).

@@ -13,7 +13,8 @@ from sparse_patch_eval.report.figures import figures, overall
 from sparse_patch_eval.report.scores import Score
 from sparse_patch_eval.report.sections import Section, dense_partners
 from sparse_patch_eval.report.text import HOW_TO_READ, NOT_MEASURABLE, difference_text, number
-from sparse_patch_eval.runs.reading import Run, Sample
+from sparse_patch_eval.runs.format import Sample
+from sparse_patch_eval.runs.reading import Run
 
 ANSWERS = 20
 _LONGEST_ANSWER = 600

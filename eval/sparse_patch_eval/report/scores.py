@@ -14,7 +14,7 @@ from statistics import fmean
 from sparse_patch_eval.base.stats import Estimate, bootstrap_groups
 from sparse_patch_eval.report.chance import SEED, above_chance, chance
 from sparse_patch_eval.report.sections import Section, dense_partners
-from sparse_patch_eval.runs.reading import Key, Sample
+from sparse_patch_eval.runs.format import Key, Sample
 
 # Of fewer pairs a bootstrap interval says little: of one pair it has no width at all.
 FEW = 10

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from sparse_patch_eval.runs.reading import Key, Run, Sample
+from sparse_patch_eval.runs.format import Key, Sample
+from sparse_patch_eval.runs.reading import Run
 
 
 @dataclass(frozen=True)

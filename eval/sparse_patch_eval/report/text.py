@@ -13,7 +13,7 @@ from sparse_patch_eval.report.chance import MARGIN
 from sparse_patch_eval.report.comparison import Comparison
 from sparse_patch_eval.report.scores import Score
 from sparse_patch_eval.report.sections import Section
-from sparse_patch_eval.runs.reading import Sample
+from sparse_patch_eval.runs.format import Sample
 
 NOT_MEASURABLE = "not measurable with this model"
 HOW_TO_READ = (

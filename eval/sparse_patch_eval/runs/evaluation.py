@@ -16,8 +16,9 @@ from sparse_patch import Method
 from sparse_patch_eval.ask.answer import answer
 from sparse_patch_eval.base.console import note, progress
 from sparse_patch_eval.base.options import parse_method
-from sparse_patch_eval.runs.folder import DENSE, RunFolder, run_config
-from sparse_patch_eval.runs.unit import How, Sample, Unit
+from sparse_patch_eval.runs.folder import RunFolder, run_config
+from sparse_patch_eval.runs.format import DENSE
+from sparse_patch_eval.runs.unit import How, Question, Unit
 
 # Prompt tokens of the forward, one a method, that comes before anything is timed.
 _WARM_UP = 1024
@@ -106,11 +107,11 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Todo:
-    """One sample and the methods that it was not given to yet."""
+    """One question and the methods that it was not given to yet."""
 
     number: int
     unit: Unit
-    sample: Sample
+    question: Question
     specs: list[str]
 
 
@@ -120,14 +121,14 @@ def _todo(
     """This process's part of what is not answered."""
     found = []
     for unit in units:
-        for number, sample in enumerate(unit.samples()):
+        for number, question in enumerate(unit.questions()):
             if number % processes != process:
                 continue
-            specs = [spec for spec, run in runs.items() if run.find(unit, sample) is None]
+            specs = [spec for spec, run in runs.items() if run.find(unit, question) is None]
             if specs:
                 # The method that comes first changes, so that none is always behind another.
                 turn = number % len(specs)
-                found.append(_Todo(number, unit, sample, specs[turn:] + specs[:turn]))
+                found.append(_Todo(number, unit, question, specs[turn:] + specs[:turn]))
     return found
 
 
@@ -153,6 +154,6 @@ def _ask(
             for spec in one.specs:
                 bar.update(task, description=f"{place} #{one.number} {spec}")
                 how = How(methods[spec], setup.patch_options, one.number < setup.recall_samples)
-                row = one.unit.ask(one.sample, how)
-                runs[spec].add(one.unit, one.sample, row, write=lm.is_writer or lm.world_size > 1)
+                row = one.unit.ask(one.question, how)
+                runs[spec].add(one.unit, one.question, row, write=lm.is_writer or lm.world_size > 1)
                 bar.advance(task)

@@ -1,9 +1,4 @@
-"""A run on disk: one model setting and one method, in a folder named after them.
-
-    run.json          what the run is: all that can change a number, beside the samples themselves
-    responses.N.jsonl what the model said, a line a sample, written at once by process N
-    samples.jsonl     the same, scored
-    results.json      means by task and length, and lm-eval's own results
+"""Write a run: one model setting and one method, in a folder named after them (see `format`).
 
 A folder is found again by its run.json, so a run that was stopped goes on, one that is finished is
 left alone, and one with another setting gets a folder of its own.
@@ -21,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from sparse_patch import Method
-from sparse_patch.strict_json import read_json
 from sparse_patch_eval.base.rows import Row, RowFile, read_rows
-from sparse_patch_eval.runs.unit import Sample, Unit, hash_of, overall_density
-
-FORMAT = 1
-DENSE = "dense"
-_NAMES = ("task", "length", "doc_id", "prompt_hash")
-Key = tuple[str, int | None, int, str]
+from sparse_patch_eval.runs.format import (
+    FORMAT,
+    KEY_FIELDS,
+    RESULTS,
+    RUN,
+    SAMPLES,
+    Key,
+    density_of,
+    key_of,
+    read_object,
+)
+from sparse_patch_eval.runs.unit import Question, Unit, hash_of
 
 
 def run_config(model: str, spec: str, method: Method | None, **settings: Any) -> dict[str, Any]:
@@ -76,11 +76,11 @@ class RunFolder:
             self.take(rows)
 
     def _check(self) -> None:
-        path = self.path / "run.json"
+        path = self.path / RUN
         if not path.exists():
             _write(path, self.config)
             return
-        found = _object(path)
+        found = read_object(path)
         different = [
             key
             for key in {*found, *self.config} - {"method"}
@@ -91,19 +91,20 @@ class RunFolder:
                 f"{path} is of another run ({', '.join(different)} differ): take another --output"
             )
 
-    def find(self, unit: Unit, sample: Sample) -> Row | None:
+    def find(self, unit: Unit, question: Question) -> Row | None:
         """What was said to a sample, if it was asked."""
-        return self.answered.get((unit.task, unit.length, sample.doc_id, sample.prompt_hash))
+        of = {"task": unit.task, "length": unit.length, **vars(question)}
+        return self.answered.get(key_of(of))
 
-    def add(self, unit: Unit, sample: Sample, row: Row, *, write: bool = True) -> None:
+    def add(self, unit: Unit, question: Question, row: Row, *, write: bool = True) -> None:
         """Keep what was said to a sample, on disk before anything else happens."""
         whole = {
             "benchmark": unit.benchmark,
             "task": unit.task,
             "length": unit.length,
-            "doc_id": sample.doc_id,
-            "prompt_hash": sample.prompt_hash,
-            "depth": sample.depth,
+            "doc_id": question.doc_id,
+            "prompt_hash": question.prompt_hash,
+            "depth": question.depth,
             **row,
         }
         if write:
@@ -114,25 +115,24 @@ class RunFolder:
     def take(self, rows: Iterable[Row]) -> None:
         """Take rows in that were answered elsewhere; the last one of a sample counts."""
         for row in rows:
-            key = (row["task"], row["length"], row["doc_id"], row["prompt_hash"])
-            self.answered[key] = row
+            self.answered[key_of(row)] = row
 
     def write_scored(self, units: Iterable[Unit]) -> None:
         """Score all that was answered of these units into samples.jsonl and results.json.
 
         Samples and results of other units, from earlier calls, stay.
         """
-        rows_before = read_rows(self.path / "samples.jsonl")
-        _check_rows(self.path / "samples.jsonl", rows_before)
+        rows_before = read_rows(self.path / SAMPLES)
+        _check_rows(self.path / SAMPLES, rows_before)
         samples = {_place(row): row for row in rows_before}
         better: dict[str, bool] = {}
         official: dict[str, Any] = {}
-        results = self.path / "results.json"
+        results = self.path / RESULTS
         if results.exists():
-            earlier = _object(results, "higher_is_better", "lm_eval")
+            earlier = read_object(results, "higher_is_better", "lm_eval")
             better, official = earlier["higher_is_better"], earlier["lm_eval"]
         for unit in units:
-            rows = {s.doc_id: row for s in unit.samples() if (row := self.find(unit, s))}
+            rows = {s.doc_id: row for s in unit.questions() if (row := self.find(unit, s))}
             if not rows:
                 continue
             scored = unit.score(rows)
@@ -147,7 +147,7 @@ class RunFolder:
                 )
         ordered = list(samples.values())
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
-        _replace(self.path / "samples.jsonl", text)
+        _replace(self.path / SAMPLES, text)
         means = {"higher_is_better": better, "tasks": summary(ordered), "lm_eval": official}
         _write(results, means)
 
@@ -162,7 +162,7 @@ def summary(samples: Iterable[Row]) -> list[Row]:
         names = dict.fromkeys(name for row in rows for name in row["scores"])
         about: Row = {"benchmark": benchmark, "task": task, "length": length, "n": len(rows)}
         about["scores"] = {name: _mean([row["scores"].get(name) for row in rows]) for name in names}
-        about["density"] = _mean([overall_density(row) for row in rows])
+        about["density"] = _mean([density_of(row) for row in rows])
         for name in ("recall", "prefill_seconds"):
             about[name] = _mean([row[name] for row in rows])
         exact: Counter[str] = Counter()
@@ -186,28 +186,13 @@ def _place(row: Row) -> tuple[str, int | None, int]:
 def _check_rows(path: Path, rows: Iterable[Row]) -> None:
     """Raise a ValueError, naming the file, where a row does not say which sample it is of."""
     for row in rows:
-        missing = [name for name in _NAMES if name not in row]
-        strange = [name for name in _NAMES if isinstance(row.get(name), list | dict)]
+        missing = [name for name in KEY_FIELDS if name not in row]
+        strange = [name for name in KEY_FIELDS if isinstance(row.get(name), list | dict)]
         if missing or strange:
             raise ValueError(
                 f"{path}: a row lacks a good {', '.join(missing + strange)}; move the file away to "
                 "do its samples again"
             )
-
-
-def _object(path: Path, *parts: str) -> dict[str, Any]:
-    """The JSON object of a file, with objects under these names.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    try:
-        found = read_json(path, nan=True)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(found.get(p), dict) for p in parts):
-        raise ValueError(f"{path} must be a JSON object{''.join(f', with {p}' for p in parts)}")
-    return found
 
 
 def _drop_stale(samples: dict[tuple[str, int | None, int], Row], current: Iterable[Row]) -> None:

@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from sparse_patch_eval.ask.answer import Generation, answer
 from sparse_patch_eval.base.rows import Row
-from sparse_patch_eval.runs.unit import RECALL_ROWS, How, Sample, Scored, hash_of, measured
+from sparse_patch_eval.runs.unit import RECALL_ROWS, How, Question, Scored, hash_of, measured
 
 Truncate = Callable[[list[int], int], list[int]]
 
@@ -61,15 +61,15 @@ class LmUnit:
         self._task, self._lm = task, lm
         self._limit, self._truncate = limit, truncate
         self._chat_template = chat_template
-        self._samples: list[Sample] = []
+        self._questions: list[Question] = []
 
-    def samples(self) -> Sequence[Sample]:
+    def questions(self) -> Sequence[Question]:
         """One a document.
 
         Raises:
             ValueError: the task asks for something that one prefill cannot answer.
         """
-        if not self._samples:
+        if not self._questions:
             with _without_bars():
                 self._task.build_all_requests(
                     limit=self._limit,
@@ -80,19 +80,19 @@ class LmUnit:
             by_doc: dict[int, list[Instance]] = defaultdict(list)
             for instance in self._task.instances:
                 by_doc[instance.doc_id].append(instance)
-            self._samples = [self._sample(*item) for item in sorted(by_doc.items())]
-        return self._samples
+            self._questions = [self._question(*item) for item in sorted(by_doc.items())]
+        return self._questions
 
-    def _sample(self, doc_id: int, asked: list[Instance]) -> Sample:
+    def _question(self, doc_id: int, asked: list[Instance]) -> Question:
         asked = sorted(asked, key=lambda one: one.idx)
         for one in asked:
             self._generation(one)  # what cannot be done is said before anything runs
         depth = asked[0].doc.get("depth") if isinstance(asked[0].doc, Mapping) else None
-        return Sample(doc_id, hash_of([request_key(one) for one in asked]), asked, depth)
+        return Question(doc_id, hash_of([request_key(one) for one in asked]), asked, depth)
 
-    def ask(self, sample: Sample, how: How) -> Row:
-        """Prefill each context of the sample once, and answer all that is asked about it."""
-        asked: list[Instance] = sample.content
+    def ask(self, question: Question, how: How) -> Row:
+        """Prefill each context of the question once, and answer all that is asked about it."""
+        asked: list[Instance] = question.content
         said: dict[int, Any] = {}
         found = []
         cut = 0
@@ -157,7 +157,7 @@ class LmUnit:
 
     def score(self, answered: Mapping[int, Row]) -> Scored:
         """Let lm-eval judge what was said."""
-        asked = {sample.doc_id: sample.content for sample in self.samples()}
+        asked = {question.doc_id: question.content for question in self.questions()}
         replies = {
             request_key(one): reply
             for doc_id, row in answered.items()
@@ -207,7 +207,7 @@ class _Replay(LM):  # type: ignore[misc]  # lm_eval has no types
         return [tuple(self._replies[request_key(one)]) for one in requests]
 
     def loglikelihood_rolling(self, requests: Iterable[Instance]) -> list[float]:
-        raise NotImplementedError("refused when the samples were built")
+        raise NotImplementedError("refused when the questions were built")
 
     def apply_chat_template(self, *args: Any, **options: Any) -> Any:
         return self._lm.apply_chat_template(*args, **options)

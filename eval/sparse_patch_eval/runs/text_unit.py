@@ -20,7 +20,7 @@ from sparse_patch_eval.ask.kl import kl_rows
 from sparse_patch_eval.base.rows import Row
 from sparse_patch_eval.inputs.parts import no_room, parts
 from sparse_patch_eval.inputs.text import bos, long_text, window
-from sparse_patch_eval.runs.unit import RECALL_ROWS, How, Sample, Scored, hash_of, measured
+from sparse_patch_eval.runs.unit import RECALL_ROWS, How, Question, Scored, hash_of, measured
 
 # Last tokens that are judged.
 SCORED = 512
@@ -31,7 +31,7 @@ _OPTION = "--tasks (a comma in a path is written `\\,`)"
 
 
 def text_parts(text: str, length: int, limit: int | None, seed: int) -> list[str]:
-    """What a `TextUnit` takes its samples from, one each; needs no model.
+    """What a `TextUnit` takes its questions from, one each; needs no model.
 
     Raises:
         ValueError: see `TextUnit`, and `text.long_text`.
@@ -51,13 +51,13 @@ class TextUnit:
 
     Args:
         text: what `text.long_text` takes.
-        length: tokens of a sample.
+        length: tokens of a window.
         lm: the model, a `SparsePatchLM`.
-        limit: samples; None for as many as the text has room for.
+        limit: windows; None for as many as the text has room for.
         seed: chooses the windows.
 
     Raises:
-        ValueError: the text has no room for so many samples that share nothing, or `length` leaves
+        ValueError: the text has no room for so many that share nothing, or `length` leaves
             no context before the tokens that are judged.
     """
 
@@ -69,7 +69,7 @@ class TextUnit:
         self._parts = text_parts(text, length, limit, seed)
         self._dense: tuple[str, Answer] | None = None
 
-    def samples(self) -> Sequence[Sample]:
+    def questions(self) -> Sequence[Question]:
         """One a window."""
         found = []
         for number, text in enumerate(self._parts[: self._limit]):
@@ -77,17 +77,17 @@ class TextUnit:
             start = bos(self._lm.tokenizer)
             room = self.length - len(start)
             tokens = start + window(self._lm.tokenizer, text, room, rng)
-            found.append(Sample(number, hash_of(tokens), tokens))
+            found.append(Question(number, hash_of(tokens), tokens))
         return found
 
-    def ask(self, sample: Sample, how: How) -> Row:
+    def ask(self, question: Question, how: How) -> Row:
         """Prefill the window and compare its last distributions with the text, and with dense."""
-        if self._dense is None or self._dense[0] != sample.prompt_hash:
-            self._dense = (sample.prompt_hash, self._prefill(sample, How(None, {})))
+        if self._dense is None or self._dense[0] != question.prompt_hash:
+            self._dense = (question.prompt_hash, self._prefill(question, How(None, {})))
         dense = self._dense[1]
-        found = dense if how.method is None else self._prefill(sample, how)
+        found = dense if how.method is None else self._prefill(question, how)
         predicted = found.tail[:-1]
-        target = torch.tensor(sample.content[-SCORED:], device=predicted.device)
+        target = torch.tensor(question.content[-SCORED:], device=predicted.device)
         return {
             "scores": {
                 "nll": float(F.cross_entropy(predicted, target)),
@@ -96,11 +96,11 @@ class TextUnit:
             **measured([found], how),
         }
 
-    def _prefill(self, sample: Sample, how: How) -> Answer:
+    def _prefill(self, question: Question, how: How) -> Answer:
         return answer(
             self._lm.model,
             self._lm.tokenizer,
-            sample.content,
+            question.content,
             method=how.method,
             patch_options=how.patch_options,
             tail=SCORED + 1,

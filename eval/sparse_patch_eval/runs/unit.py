@@ -1,6 +1,6 @@
-"""What an evaluation is cut into: a unit is one task at one length, a sample one prompt of it.
+"""What an evaluation is cut into: a unit is one task at one length, a question one prompt of it.
 
-A unit knows its samples, asks a model about one of them (once a method) and scores what was said.
+A unit knows its questions, asks a model one of them (once a method) and scores what was said.
 `lm_unit.LmUnit` is a task of lm-eval, ours or another's; `text_unit.TextUnit` measures perplexity.
 Answers are plain JSON, so that they can be logged at once and scored later.
 """
@@ -23,8 +23,8 @@ RECALL_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One prompt.
+class Question:
+    """One prompt, and what is asked about it.
 
     Attributes:
         doc_id: its number in the task.
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class How:
-    """How a sample is prefilled.
+    """How a question is prefilled.
 
     Attributes:
         method: None for the model as it is.
@@ -84,10 +84,10 @@ class Unit(Protocol):
     def length(self) -> int | None:
         """Prompt length, tokens; None for a task without lengths."""
 
-    def samples(self) -> Sequence[Sample]:
+    def questions(self) -> Sequence[Question]:
         """All of them; the first ones stay the same when more are asked for."""
 
-    def ask(self, sample: Sample, how: How) -> Row:
+    def ask(self, question: Question, how: How) -> Row:
         """What the model says, and what `measured` tells of the prefill: JSON-ready."""
 
     def score(self, answered: Mapping[int, Row]) -> Scored:
@@ -95,7 +95,7 @@ class Unit(Protocol):
 
 
 def measured(found: Sequence[Answer], how: How, truncated: int = 0) -> Row:
-    """What a row says of the prefill, or prefills, behind a sample.
+    """What a row says of the prefill, or prefills, behind an answer.
 
     Args:
         truncated: tokens of the prompt that were left out because they did not fit.
@@ -118,14 +118,6 @@ def measured(found: Sequence[Answer], how: How, truncated: int = 0) -> Row:
     if how.method is None:
         row |= {"density": 1.0, "sparse_calls": None}
     return row
-
-
-def overall_density(row: Row) -> float:
-    """A sample's density with calls that ran exact counted as 1."""
-    sparse, exact = row["sparse_calls"] or 0, sum(row["exact"].values())
-    if not sparse:
-        return 1.0
-    return float((sparse * row["density"] + exact) / (sparse + exact))
 
 
 def hash_of(content: Any) -> str:

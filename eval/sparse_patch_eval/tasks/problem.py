@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Sample:
+class Problem:
     """A prompt, what must be found in the answer, and what the likelihoods are taken of.
 
     Attributes:
@@ -77,7 +77,7 @@ class Draw:
 class Growth:
     """A sample that can be built with `least` to `most` haystack units."""
 
-    build: Callable[[int], Sample]
+    build: Callable[[int], Problem]
     least: int
     most: int
 
@@ -120,8 +120,8 @@ class Series(Generic[Item]):
 
 
 def fit(
-    growth: Growth, count: Callable[[Sample], int], limit: int, slack: int
-) -> tuple[Sample, int]:
+    growth: Growth, count: Callable[[Problem], int], limit: int, slack: int
+) -> tuple[Problem, int]:
     """The sample that fills `limit` tokens with the most units, and how many units that are.
 
     Units are guessed from the slope so far, then by bisection. It is enough to end within `slack`
