@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from sparse_patch_eval.ask.capture import Attention
 from sparse_patch_eval.ask.judge import sampled_blocks
+from sparse_patch_eval.ask.true_attention import block_mass
 from torch import Tensor
 
 
@@ -80,7 +81,9 @@ def oracle(
     for block in sampled_blocks(-(-q_len // block_q), block_q, rows):
         first = offset + block * block_q
         end = min(first + block_q, kv_len)
-        mass = _masses(layer, first, end, block_k)
+        own = torch.arange(first, end, device=layer.q.device) - offset
+        mass = block_mass(layer, own, block_k).sum(1, dtype=torch.float64)
+        mass = mass[:, : -(-end // block_k)]
         start = torch.arange(mass.shape[1], device=mass.device) * block_k
         keys = (end - start).clamp(max=block_k)
         forced = (start == 0) | (start + block_k > first)
@@ -91,17 +94,3 @@ def oracle(
         n_rows += heads * (end - first)
     masses = torch.cat(free).sort(descending=True).values.cpu()
     return Oracle(masses, block_k, forced_mass, forced_keys, all_keys, n_rows)
-
-
-def _masses(layer: Attention, first: int, end: int, block_k: int) -> Tensor:
-    """float64 `[heads, blocks]`: mass of each key block for the rows at `[first, end)`, summed."""
-    heads, q_len, dim = layer.q.shape
-    kv_heads, kv_len, _ = layer.k.shape
-    offset = kv_len - q_len
-    queries = layer.q[:, first - offset : end - offset].float() * layer.scale
-    scores = queries.reshape(kv_heads, -1, dim) @ layer.k[:, :end].float().mT
-    scores = scores.view(heads, end - first, end)
-    position = torch.arange(end, device=scores.device)
-    late = position > position[first:, None]
-    probs = scores.masked_fill_(late, float("-inf")).softmax(-1).sum(1, dtype=torch.float64)
-    return torch.nn.functional.pad(probs, (0, -end % block_k)).view(heads, -1, block_k).sum(-1)

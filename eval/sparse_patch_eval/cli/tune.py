@@ -92,6 +92,7 @@ def tune(
 
         import sparse_patch
         from sparse_patch.profiles import shape_of
+        from sparse_patch_eval.ask.kl import kl_rows
         from sparse_patch_eval.base.machine import machine
         from sparse_patch_eval.base.options import parse_length, split_method
         from sparse_patch_eval.base.rows import RowFile
@@ -133,11 +134,8 @@ def tune(
         def kl(profile: Profile, of: slice) -> float:
             with sparse_patch.patch(lm, profile=profile, min_length=0, min_queries=0):
                 sparse = [_logits(lm, prompt) for prompt in ids[of]]
-            gaps = [
-                float((p.exp() * (p - q)).sum(-1).mean())
-                for p, q in zip(dense[of], sparse, strict=True)
-            ]
-            return statistics.fmean(gaps)
+            pairs = zip(dense[of], sparse, strict=True)
+            return statistics.fmean(float(kl_rows(p, q).mean()) for p, q in pairs)
 
         good: dict[str, Callable[[Tensor], bool]] = {
             "recall": lambda choice: tuning.of(choice)[1] >= aim,
@@ -259,12 +257,12 @@ def _column_means(rows: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _logits(lm: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Log probabilities float32 `[positions, vocab]` of the last positions."""
+    """Logits float32 `[positions, vocab]` of the last positions."""
     import torch
 
     with torch.inference_mode():
         logits: Tensor = lm(ids, use_cache=False, logits_to_keep=_KL_TOKENS).logits[0]
-    return logits.float().log_softmax(-1)
+    return logits.float()
 
 
 def _speed_up(lm: PreTrainedModel, ids: Tensor, profile: Profile) -> float:

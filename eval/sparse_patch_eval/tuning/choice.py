@@ -27,6 +27,7 @@ from sparse_patch.mixing import common_form
 from sparse_patch.profiles import Share
 from sparse_patch_eval.ask.capture import Attention
 from sparse_patch_eval.ask.judge import plan_of
+from sparse_patch_eval.ask.true_attention import block_mass
 from sparse_patch_eval.tuning.knobs import knob_of
 
 # Prices between which the right one lies: at the first recall is worth nothing.
@@ -181,33 +182,21 @@ def measure_layer(
         form = plan.block_q, plan.runs[0].width
         of_form.setdefault(form, plan)
         if form not in truth:
-            truth[form] = block_mass(attention, *form, rows=rows)
+            truth[form] = _sampled_mass(attention, *form, rows=rows)
         mass, blocks = truth[form]
         density[i] = plan.head_density().repeat_interleave(heads // plan.heads)
         recall[i] = (mass * _mask(plan, heads)[:, blocks]).sum(-1).mean(-1)
     return density, recall
 
 
-def block_mass(
+def _sampled_mass(
     attention: Attention, block_q: int, block_k: int, *, rows: int
 ) -> tuple[Tensor, Tensor]:
     """True mass of each key block for a sample of rows: float32 `[heads, rows, blocks]`, and the
     query block of each row."""
-    q, k = attention.q, attention.k
-    (heads, q_len, dim), kv_len = q.shape, k.shape[1]
-    step = max(1, q_len // rows)
-    row = torch.arange(q_len - 1, -1, -step).flip(0)
-    pad = -kv_len % block_k
-    keys = k.float().mT
-    parts = []
-    for first in range(0, len(row), 128):
-        some = row[first : first + 128]
-        queries = (q[:, some].float() * attention.scale).reshape(len(k), -1, dim)
-        scores = (queries @ keys).view(heads, len(some), kv_len)
-        late = torch.arange(kv_len) > (some + kv_len - q_len)[:, None]
-        probs = scores.masked_fill_(late, float("-inf")).softmax(-1)
-        probs = torch.nn.functional.pad(probs, (0, pad))
-        parts.append(probs.view(heads, len(some), -1, block_k).sum(-1))
+    q_len = attention.q.shape[1]
+    row = torch.arange(q_len - 1, -1, -max(1, q_len // rows)).flip(0)
+    parts = [block_mass(attention, some, block_k) for some in torch.split(row, 128)]
     return torch.cat(parts, 1), row // block_q
 
 
