@@ -37,10 +37,10 @@ from sparse_patch_eval.base.options import (
 from sparse_patch_eval.base.rows import RowFile, describe_machines
 from sparse_patch_eval.inputs.models import load
 from sparse_patch_eval.inputs.text import long_text
-from sparse_patch_eval.tuning.knobs import Tuner, missing_methods
 from study.compare import compare, dense_baseline
 from study.compare_report import DENSE, Entry, draw, markdown
 from study.needles import NeedlePrompt, needle_prompts
+from study.tuner import Tuner, missing_methods
 from study.tuning import capture_layers, mean_density, tuning_layers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

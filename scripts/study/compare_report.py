@@ -8,9 +8,12 @@ from statistics import fmean
 from typing import Any
 
 from plots import legend_outside, style
+from sparse_patch_eval.base.markdown import table
 from sparse_patch_eval.base.rows import Row
-from sparse_patch_eval.base.stats import bootstrap, ranks, winner
+from sparse_patch_eval.base.stats import bootstrap
 from sparse_patch_eval.tasks.problem import CANDIDATES
+
+from study.ranking import ranks, winner
 
 DENSE = "dense SDPA"
 # A method is ranked where it keeps, on the measured prompts, what the target says give or take this
@@ -131,23 +134,20 @@ def _section(group: Group, seed: int) -> str:
 
 def _attention_table(group: Group, seed: int) -> list[str]:
     metrics = (KL, NLL, RECALL, ERROR)
-    lines = [
-        f"| method | density | {' | '.join(metric.title for metric in metrics)} |",
-        "|---|---:|" + "---:|" * len(metrics),
-    ]
-    for spec in _by_kl(group):
-        cells = [_cell(group, spec, metric, seed) for metric in metrics]
-        lines.append(f"| {spec} | {group.density(spec):.3f} | {' | '.join(cells)} |")
-    return lines
+    rows = (
+        (spec, f"{group.density(spec):.3f}", *(_cell(group, spec, m, seed) for m in metrics))
+        for spec in _by_kl(group)
+    )
+    return table(
+        ("method", "density", *(m.title for m in metrics)), "lr" + "r" * len(metrics), rows
+    )
 
 
 def _needle_table(group: Group, seed: int) -> list[str]:
     names = [_keys(keys) for keys in group.needles()]
-    lines = [
-        f"| method | {NEEDLE_NLL.title} | {MARGIN.title} | "
-        + " | ".join(f"margin, {name} | greedy, {name}" for name in names) + " |",
-        "|---|---:|---:|" + "---:|---:|" * len(names),
-    ]  # fmt: skip
+    head = ["method", NEEDLE_NLL.title, MARGIN.title]
+    head += [f"{what}, {name}" for name in names for what in ("margin", "greedy")]
+    lines = []
     for spec in (DENSE, *_by_kl(group)):
         own = spec == DENSE
         cells = ["0" if own else _cell(group, spec, m, seed) for m in (NEEDLE_NLL, MARGIN)]
@@ -155,8 +155,8 @@ def _needle_table(group: Group, seed: int) -> list[str]:
             mine = [row for row in group.rows[spec] if row["keys"] == keys]
             right = sum(row["right"] for row in mine)
             cells += [f"{fmean(row['margin'] for row in mine):.3f}", f"{right}/{len(mine)}"]
-        lines.append(f"| {spec} | {' | '.join(cells)} |")
-    return lines
+        lines.append([spec, *cells])
+    return table(head, "l" + "r" * (len(head) - 1), lines)
 
 
 def _keys(number: int) -> str:

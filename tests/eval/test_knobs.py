@@ -4,7 +4,8 @@ import math
 
 import pytest
 from sparse_patch_eval.base.options import parse_method, split_method
-from sparse_patch_eval.tuning.knobs import KNOBS, Tuner, knob_of, missing_methods, spec_of
+from sparse_patch_eval.tuning.knobs import KNOBS, knob_of, spec_of
+from study.tuner import Tuner, missing_methods
 
 import sparse_patch
 

@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals over prompts, ranks, and who wins.
+"""Means with bootstrap intervals over prompts.
 
 All methods are measured on the same prompts, so comparisons are paired: prompts are drawn anew with
 replacement, the same draws for every method, and the interval is the middle 95 % of the means
@@ -8,7 +8,7 @@ interval is somewhat too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,40 +60,3 @@ def bootstrap_groups(groups: Sequence[Sequence[float]], *, seed: int = 0) -> Est
         drawn += x[draws].mean(1) / len(groups)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return Estimate(mean, float(low), float(high), sum(map(len, groups)))
-
-
-def ranks(means: Mapping[str, float], *, lower_is_better: bool) -> dict[str, int]:
-    """1 for the best; equals share the better rank."""
-    sign = 1 if lower_is_better else -1
-    return {
-        name: 1 + sum(sign * other < sign * mean for other in means.values())
-        for name, mean in means.items()
-    }
-
-
-@dataclass(frozen=True)
-class Winner:
-    """Who has the best mean, and who cannot be told apart from it.
-
-    Attributes:
-        name: the best.
-        ties: those whose paired difference to it has an interval with 0 in it, best first.
-    """
-
-    name: str
-    ties: tuple[str, ...]
-
-
-def winner(
-    values: Mapping[str, Sequence[float]], *, lower_is_better: bool, seed: int = 0
-) -> Winner:
-    """The best of several methods; `values` hold one number a prompt, prompts in the same order."""
-    means = {name: float(np.mean(x)) for name, x in values.items()}
-    order = sorted(means, key=lambda name: means[name] if lower_is_better else -means[name])
-    best, *others = order
-    ties = []
-    for name in others:
-        gap = bootstrap([a - b for a, b in zip(values[name], values[best], strict=True)], seed=seed)
-        if gap.low <= 0 <= gap.high:
-            ties.append(name)
-    return Winner(best, tuple(ties))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import re
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,35 +15,10 @@ from sparse_patch_eval.base.console import console, progress, user_errors, visib
 
 if TYPE_CHECKING:  # seconds of import, which `--help` can do without
     from torch import Tensor
-    from transformers import PreTrainedModel
 
     from sparse_patch import Profile
-    from sparse_patch_eval.base.rows import RowFile
-    from sparse_patch_eval.tuning.choice import Candidate, Measured
 
 METHODS = ["strided", "xattention", "proxyattn", "flexprefill"]
-# Last positions whose distributions a KL is the mean of.
-_KL_TOKENS = 64
-_SPEED_ROUNDS = 3
-# Heads that a report names.
-_WORST = 5
-
-
-@dataclass(frozen=True)
-class Held:
-    """A choice on prompts: what it was made on, or others.
-
-    Attributes:
-        density, recall: means over layers and heads.
-        kl: KL(dense || sparse) of the next token, nats, mean over positions and prompts.
-        singles: density at which one setting of a method for all heads has the same recall; None
-            where none has.
-    """
-
-    density: float
-    recall: float
-    kl: float
-    singles: dict[str, float | None]
 
 
 def tune(
@@ -99,6 +72,8 @@ def tune(
         from sparse_patch_eval.inputs.models import check_context, load
         from sparse_patch_eval.inputs.text import long_text, passkey_prompt
         from sparse_patch_eval.tuning.choice import candidates, choose_until, profile_of
+        from sparse_patch_eval.tuning.measuring import last_logits, mean_of, measure, speed_up
+        from sparse_patch_eval.tuning.text import failures, held_of, profile_report
 
         kind, aim = _target(target)
         tokens = parse_length(length)
@@ -119,28 +94,28 @@ def tune(
         with progress() as bar:
             task = bar.add_task("layers", total=shape["layers"] * len(ids))
             for i, (name, prompt) in enumerate(zip(texts, ids, strict=True)):
-                _measure(file, lm, prompt, {"text": name, "seed": seed + i}, some, rows)
+                measure(file, lm, prompt, {"text": name, "seed": seed + i}, some, rows)
                 bar.update(task, completed=shape["layers"] * (i + 1))
         keys = [{"text": name, "seed": seed + i} for i, name in enumerate(texts)]
-        tuning = _mean(file, keys[:prompts], some)
-        unseen = _mean(file, keys[prompts:], some)
+        tuning = mean_of(file, keys[:prompts], some)
+        unseen = mean_of(file, keys[prompts:], some)
         about = {"target": target, **setup, "text": text, "prompts": prompts, "seed": seed}
 
         def made(choice: Tensor) -> Profile:
             return profile_of(tuning, choice, shape, about)
 
-        dense = [_logits(lm, prompt) for prompt in ids]
+        dense = [last_logits(lm, prompt) for prompt in ids]
 
         def kl(profile: Profile, of: slice) -> float:
             with sparse_patch.patch(lm, profile=profile, min_length=0, min_queries=0):
-                sparse = [_logits(lm, prompt) for prompt in ids[of]]
+                sparse = [last_logits(lm, prompt) for prompt in ids[of]]
             pairs = zip(dense[of], sparse, strict=True)
             return statistics.fmean(float(kl_rows(p, q).mean()) for p, q in pairs)
 
         good: dict[str, Callable[[Tensor], bool]] = {
             "recall": lambda choice: tuning.of(choice)[1] >= aim,
             "kl": lambda choice: kl(made(choice), slice(prompts)) <= aim,
-            "speedup": lambda choice: _speed_up(lm, ids[0], made(choice)) >= aim,
+            "speedup": lambda choice: speed_up(lm, ids[0], made(choice)) >= aim,
         }
         with console.status(f"looking for {target}"), torch.inference_mode():
             choice = choose_until(tuning, good[kind], most_methods, most_recall=kind == "speedup")
@@ -150,7 +125,7 @@ def tune(
                 "held out": (unseen, slice(prompts, None)),
             }
             held = {
-                name: _held(measured, choice, kl(found, of))
+                name: held_of(measured, choice, kl(found, of))
                 for name, (measured, of) in parts.items()
             }
         measured_as = {name: vars(one) for name, one in held.items()}
@@ -159,7 +134,7 @@ def tune(
         )
         output.mkdir(parents=True, exist_ok=True)
         found.save(output / "profile.json")
-        report = _report(target, held, found) + _failures(
+        report = profile_report(target, held, found) + failures(
             kind, aim, held["held out"], tuning, unseen, choice
         )
         (output / "tune.md").write_text(report, encoding="utf-8")
@@ -186,151 +161,3 @@ def _target(text: str) -> tuple[str, float]:
             f"--target {text!r}: give recall=R with R below 1, kl=NATS, or speedup=FACTOR"
         )
     return kind, aim
-
-
-def _measure(
-    file: RowFile,
-    lm: PreTrainedModel,
-    prompt: Tensor,
-    key: dict[str, Any],
-    some: Sequence[Candidate],
-    rows: int,
-) -> None:
-    """A row per layer and candidate that is not there yet."""
-    from sparse_patch_eval.ask.capture import capture
-    from sparse_patch_eval.tuning.choice import measure_layer
-
-    specs = [_spec(one) for one in some]
-    known = {(r["layer"], r["spec"]) for r in file.rows if _is_of(r, key)}
-    n_layers = lm.config.get_text_config().num_hidden_layers
-    todo = {
-        layer: [i for i, spec in enumerate(specs) if (layer, spec) not in known]
-        for layer in range(n_layers)
-    }
-    wanted = [layer for layer, left in todo.items() if left]
-    if not wanted:
-        return
-    for layer, inside in capture(lm, prompt, wanted).layers.items():
-        left = todo[layer]
-        density, recall = measure_layer([some[i] for i in left], layer, inside, rows=rows)
-        for place, i in enumerate(left):
-            values = {"density": density[place].tolist(), "recall": recall[place].tolist()}
-            file.add({**key, "layer": layer, "spec": specs[i], **values})
-
-
-def _spec(one: Candidate) -> str:
-    from sparse_patch_eval.tuning.knobs import spec_of
-
-    return spec_of(one.name, one.params)
-
-
-def _is_of(row: dict[str, Any], key: dict[str, Any]) -> bool:
-    return all(row[name] == value for name, value in key.items())
-
-
-def _mean(file: RowFile, keys: Sequence[dict[str, Any]], some: Sequence[Candidate]) -> Measured:
-    """What was measured on some prompts."""
-    import torch
-
-    from sparse_patch_eval.tuning.choice import Measured
-
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in file.rows:
-        if any(_is_of(row, key) for key in keys):
-            found.setdefault((row["spec"], row["layer"]), []).append(row)
-    layers = sorted({layer for _, layer in found})
-
-    def table(name: str) -> Tensor:
-        return torch.tensor(
-            [
-                [_column_means([row[name] for row in found[_spec(one), n]]) for n in layers]
-                for one in some
-            ],
-            dtype=torch.float64,
-        )
-
-    return Measured(some, layers, table("density"), table("recall"))
-
-
-def _column_means(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [statistics.fmean(column) for column in zip(*rows, strict=True)]
-
-
-def _logits(lm: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits float32 `[positions, vocab]` of the last positions."""
-    import torch
-
-    with torch.inference_mode():
-        logits: Tensor = lm(ids, use_cache=False, logits_to_keep=_KL_TOKENS).logits[0]
-    return logits.float()
-
-
-def _speed_up(lm: PreTrainedModel, ids: Tensor, profile: Profile) -> float:
-    """Dense / patched time of a prefill, median of rounds in turns."""
-    import sparse_patch
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        _logits(lm, ids)
-        return time.perf_counter() - start
-
-    ratios = []
-    for _ in range(_SPEED_ROUNDS):
-        dense = seconds()
-        with sparse_patch.patch(lm, profile=profile, min_length=0, min_queries=0):
-            ratios.append(dense / seconds())
-    return statistics.median(ratios)
-
-
-def _held(measured: Measured, choice: Tensor, kl: float) -> Held:
-    density, recall = measured.of(choice)
-    names = dict.fromkeys(one.name for one in measured.candidates)
-    return Held(density, recall, kl, {name: measured.single(name, recall) for name in names})
-
-
-def _report(target: str, held: dict[str, Held], found: Profile) -> str:
-    lines = [f"# Profile for {target}", "", "| prompts | density | recall | KL, nats |"]
-    lines.append("|---|---:|---:|---:|")
-    lines += [
-        f"| {name} | {one.density:.4f} | {one.recall:.4f} | {one.kl:.4f} |"
-        for name, one in held.items()
-    ]
-    lines += ["", "One setting of one method for all heads, at the same recall:", ""]
-    lines += [f"| method | {' | '.join(f'density, {name}' for name in held)} |"]
-    lines.append("|---|" + "---:|" * len(held))
-    for name in next(iter(held.values())).singles:
-        cells = [one.singles[name] for one in held.values()]
-        shown = ["not reached" if cell is None else f"{cell:.4f}" for cell in cells]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    lines += ["", "| layer | methods (heads) |", "|---:|---|"]
-    for layer, shares in sorted(found.layers.items()):
-        by_name: dict[str, int] = {}
-        for share in shares:
-            by_name[share.name] = by_name.get(share.name, 0) + len(share.heads)
-        lines.append(f"| {layer} | {', '.join(f'{n} ({k})' for n, k in by_name.items())} |")
-    gap = held["held out"].recall - held["tuned on"].recall
-    lines += ["", f"Held out, recall differs by {gap:+.4f} from what was tuned on."]
-    return "\n".join(lines) + "\n"
-
-
-def _failures(
-    kind: str, aim: float, held_out: Held, tuning: Measured, unseen: Measured, choice: Tensor
-) -> str:
-    """What the target is worth on unseen prompts, and the heads that fell furthest there."""
-    if kind == "speedup":
-        lines = ["", "Speed was timed on the first prompt that was tuned on, and on no other."]
-    else:
-        got = held_out.recall if kind == "recall" else held_out.kl
-        short = (aim - got if kind == "recall" else got - aim) / aim
-        what = "met" if short <= 0 else f"missed by {short:.2%} of it"
-        lines = ["", f"Held out, the target is {what}: {kind} {got:.4f}, wanted {aim:g}."]
-    before, after = tuning.heads(choice)[1], unseen.heads(choice)[1]
-    fall = before - after
-    lines += ["", "Heads whose recall fell most where held out:", ""]
-    lines += ["| layer | head | method | tuned on | held out |", "|---:|---:|---|---:|---:|"]
-    for place in fall.flatten().argsort(descending=True)[:_WORST].tolist():
-        layer, head = divmod(place, fall.shape[1])
-        one = tuning.candidates[int(choice[layer, head])]
-        recalls = f"{before[layer, head]:.4f} | {after[layer, head]:.4f}"
-        lines.append(f"| {tuning.layers[layer]} | {head} | {one.name} | {recalls} |")
-    return "\n".join(lines) + "\n"

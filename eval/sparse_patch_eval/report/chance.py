@@ -37,12 +37,10 @@ def above_chance(values: Sequence[float], level: float) -> bool:
 
 
 def _clopper_pearson_low(right: int, n: int) -> float:
-    if right == 0:
-        return 0.0
     try:
-        from scipy.stats import beta
+        from scipy.stats import binomtest
     except ImportError as error:
         raise ImportError(
             'a report needs scipy for exact intervals: pip install "sparse-patch[eval]"'
         ) from error
-    return float(beta.ppf(0.025, right, n - right + 1))
+    return float(binomtest(right, n).proportion_ci(0.95, "exact").low)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_patch_eval.base.console import visible
+from sparse_patch_eval.base.markdown import table
 from sparse_patch_eval.base.stats import Estimate
 from sparse_patch_eval.report.chance import MARGIN
 from sparse_patch_eval.report.comparison import Comparison
@@ -55,8 +56,8 @@ def markdown(rows: Sequence[Comparison]) -> str:
         heading = f"## {_plain(section.model)} ({_plain(section.settings)})"
         parts += [heading, *section_notes(section)]
         for benchmark in dict.fromkeys(row.benchmark for row in own):
-            table = [row for row in own if row.benchmark == benchmark]
-            parts += [f"### {_plain(benchmark)}", "\n".join(_table(table))]
+            mine = [row for row in own if row.benchmark == benchmark]
+            parts += [f"### {_plain(benchmark)}", "\n".join(_table(mine))]
     parts += ["\n".join(f"- {line}" for line in HOW_TO_READ)]
     return "\n\n".join(parts) + "\n"
 
@@ -75,20 +76,23 @@ def _table(rows: list[Comparison]) -> list[str]:
     others = dict.fromkeys(name for row in rows for name in list(row.scores)[1:])
     head = ["task", "length", "method", "n", "primary score", *others]
     head += ["density", "recall", "prefill s", "speed-up", "exact", "remarks"]
-    lines = [
-        _line([_plain(name) for name in head]),
-        _line(["---"] * 3 + ["---:"] * (len(head) - 4) + ["---"]),
+    align = "lll" + "r" * (len(head) - 4) + "l"
+    lines = ([_plain(cell) for cell in _cells(row, others)] for row in rows)
+    return table([_plain(name) for name in head], align, lines)
+
+
+def _cells(row: Comparison, others: Iterable[str]) -> list[str]:
+    primary, rest = row.primary, list(row.scores)[1:]
+    cells = [row.task, number(row.length, ","), row.method, str(row.n)]
+    cells += ["-" if primary is None else f"{primary.name}: {score_text(primary)}"]
+    cells += [score_text(row.scores[name]) if name in rest else "-" for name in others]
+    cells += [number(row.density), number(row.recall), number(row.prefill_seconds, ".2f")]
+    return [
+        *cells,
+        number(row.speed_up, ".2f"),
+        number(row.exact_share, ".0%"),
+        "; ".join(row.flags),
     ]
-    for row in rows:
-        primary = row.primary
-        cells = [row.task, number(row.length, ","), row.method, str(row.n)]
-        cells += ["-" if primary is None else f"{primary.name}: {score_text(primary)}"]
-        rest = list(row.scores)[1:]
-        cells += [score_text(row.scores[name]) if name in rest else "-" for name in others]
-        cells += [number(row.density), number(row.recall), number(row.prefill_seconds, ".2f")]
-        cells += [number(row.speed_up, ".2f"), number(row.exact_share, ".0%"), "; ".join(row.flags)]
-        lines.append(_line([_plain(cell) for cell in cells]))
-    return lines
 
 
 def score_text(score: Score) -> str:
@@ -183,10 +187,6 @@ def _write(path: Path, names: Sequence[str], lines: Iterable[dict[str, Any]]) ->
         table = csv.DictWriter(file, names, lineterminator="\n")
         table.writeheader()
         table.writerows(lines)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _plain(text: str) -> str:

@@ -5,7 +5,7 @@ and judged per head: density, and recall against the true mass of blocks on a sa
 choice for a price per lost attention then falls apart into heads: each takes the candidate with the
 least `density + price * (1 - recall)`, and the price is turned until all heads together meet the
 target. No single setting for all heads can keep less at the same recall, on what was measured; what
-it does on other text is for `cli_tune` to find out.
+it does on other text is for held-out prompts to tell.
 
 Layers with several methods pay for planning with each. So a layer takes few of them: those whose
 best choices cost least together.
@@ -28,7 +28,7 @@ from sparse_patch.profiles import Share
 from sparse_patch_eval.ask.capture import Attention
 from sparse_patch_eval.ask.judge import plan_of
 from sparse_patch_eval.ask.true_attention import block_mass
-from sparse_patch_eval.tuning.knobs import knob_of
+from sparse_patch_eval.tuning.knobs import knob_of, spec_of
 
 # Prices between which the right one lies: at the first recall is worth nothing.
 _CHEAPEST, _DEAREST = 1e-3, 1e4
@@ -46,6 +46,10 @@ class Candidate:
     @property
     def method(self) -> Method:
         return get_method(self.name, **self.params)
+
+    @property
+    def spec(self) -> str:
+        return spec_of(self.name, self.params)
 
 
 @dataclass(frozen=True, eq=False)
