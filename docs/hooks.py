@@ -27,7 +27,7 @@ import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from sparse_patch_eval.cli import app
+from sparse_patch_eval.cli.app import app
 
 import sparse_patch
 from sparse_patch.routing import REASONS

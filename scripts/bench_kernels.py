@@ -31,18 +31,18 @@ import torch
 import typer
 from gpu_checks.device import Device
 from gpu_checks.inputs import keys, plan_of_density, queries
-from sparse_patch_eval.capture import capture
-from sparse_patch_eval.console import console, fail, progress, user_errors
-from sparse_patch_eval.models import load
-from sparse_patch_eval.options import (
+from sparse_patch_eval.ask.capture import capture
+from sparse_patch_eval.base.console import console, fail, progress, user_errors
+from sparse_patch_eval.base.options import (
     choose_layers,
     parse_layers,
     parse_length,
     parse_lengths,
     parse_method,
 )
-from sparse_patch_eval.rows import Row, RowFile
-from sparse_patch_eval.text import long_text, passkey_prompt
+from sparse_patch_eval.base.rows import Row, RowFile
+from sparse_patch_eval.inputs.models import load
+from sparse_patch_eval.inputs.text import long_text, passkey_prompt
 from sparse_patch_kernels import BlockPlan, block_sparse_attention
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention

@@ -30,12 +30,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_prefill import DENSE, WARM_UP_TOKENS, rotated
-from sparse_patch_eval.console import console, progress, user_errors
-from sparse_patch_eval.models import load_for_lengths
-from sparse_patch_eval.options import parse_lengths, parse_method
-from sparse_patch_eval.prefill import prefill
-from sparse_patch_eval.rows import Row, RowFile, describe_machines
-from sparse_patch_eval.text import long_text, passkey_prompt
+from sparse_patch_eval.ask.prefill import prefill
+from sparse_patch_eval.base.console import console, progress, user_errors
+from sparse_patch_eval.base.options import parse_lengths, parse_method
+from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
+from sparse_patch_eval.inputs.models import load_for_lengths
+from sparse_patch_eval.inputs.text import long_text, passkey_prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -36,15 +36,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from peak import with_peak
+from plots import plot
 from prefill_peers import PEERS, Peer, gguf_of
-from sparse_patch_eval.console import console, progress, user_errors
-from sparse_patch_eval.models import load_for_lengths
-from sparse_patch_eval.options import parse_length, parse_lengths, parse_method
-from sparse_patch_eval.peak import with_peak
-from sparse_patch_eval.plots import plot
-from sparse_patch_eval.prefill import prefill
-from sparse_patch_eval.rows import RowFile, describe_machines
-from sparse_patch_eval.text import long_text, passkey_prompt
+from sparse_patch_eval.ask.prefill import prefill
+from sparse_patch_eval.base.console import console, progress, user_errors
+from sparse_patch_eval.base.options import parse_length, parse_lengths, parse_method
+from sparse_patch_eval.base.rows import RowFile, describe_machines
+from sparse_patch_eval.inputs.models import load_for_lengths
+from sparse_patch_eval.inputs.text import long_text, passkey_prompt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch

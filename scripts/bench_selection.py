@@ -29,12 +29,12 @@ import typer
 from bench_kernels import SDPA, dense, seconds_of, split
 from gpu_checks.device import Device
 from gpu_checks.inputs import keys, queries
-from sparse_patch_eval.capture import Attention, capture
-from sparse_patch_eval.console import console, progress, user_errors
-from sparse_patch_eval.models import load
-from sparse_patch_eval.options import choose_layers, parse_layers, parse_length, parse_lengths
-from sparse_patch_eval.rows import Row, RowFile
-from sparse_patch_eval.text import long_text, passkey_prompt
+from sparse_patch_eval.ask.capture import Attention, capture
+from sparse_patch_eval.base.console import console, progress, user_errors
+from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length, parse_lengths
+from sparse_patch_eval.base.rows import Row, RowFile
+from sparse_patch_eval.inputs.models import load
+from sparse_patch_eval.inputs.text import long_text, passkey_prompt
 from sparse_patch_kernels import BlockPlan
 
 import sparse_patch

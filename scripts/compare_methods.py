@@ -3,10 +3,10 @@
 
     python scripts/compare_methods.py --length 4k --targets 0.25 --output results/compare_4k
 
-Each method's knob (`sparse_patch_eval.knobs`) is turned until its mean density over all layers
-meets the target on tuning prompts. Then every prompt is prefilled densely once and sparsely with
-each method, question and answer prefix included, and compared: KL and NLL on text, needles, recall
-and output error (`sparse_patch_eval.compare`). Tuning reads densities only, on prose and numbers
+Each method's knob (`sparse_patch.Knob`) is turned until its mean density over all
+layers meets the target on tuning prompts. Then every prompt is prefilled densely once and sparsely
+with each method, question and answer prefix included, and compared: KL and NLL on text, needles,
+recall and output error (`study.compare`). Tuning reads densities only, on prose and numbers
 that no measured prompt has.
 
 Writes `tuned.jsonl`, `rows.jsonl` (a line per method and prompt), `table.md`, `kl.png` and
@@ -24,13 +24,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sparse_patch_eval.compare import compare, dense_baseline
-from sparse_patch_eval.compare_report import DENSE, Entry, draw, markdown
-from sparse_patch_eval.console import console, note, progress, user_errors
-from sparse_patch_eval.knobs import Tuner, missing_methods
-from sparse_patch_eval.models import load
-from sparse_patch_eval.needles import NeedlePrompt, needle_prompts
-from sparse_patch_eval.options import (
+from plots import plot
+from sparse_patch_eval.base.console import console, note, progress, user_errors
+from sparse_patch_eval.base.options import (
     choose_layers,
     parse_layers,
     parse_length,
@@ -38,10 +34,14 @@ from sparse_patch_eval.options import (
     split_list,
     split_method,
 )
-from sparse_patch_eval.plots import plot
-from sparse_patch_eval.rows import RowFile, describe_machines
-from sparse_patch_eval.text import long_text
-from sparse_patch_eval.tuning import capture_layers, mean_density, tuning_layers
+from sparse_patch_eval.base.rows import RowFile, describe_machines
+from sparse_patch_eval.inputs.models import load
+from sparse_patch_eval.inputs.text import long_text
+from study.compare import compare, dense_baseline
+from study.compare_report import DENSE, Entry, draw, markdown
+from study.needles import NeedlePrompt, needle_prompts
+from study.tuner import Tuner
+from study.tuning import capture_layers, mean_density, tuning_layers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
@@ -144,8 +144,6 @@ def parse_targets(text: str) -> list[float]:
 
 
 def _all_methods() -> list[str]:
-    if missing := missing_methods():
-        note(f"not in the registry, skipped: {', '.join(missing)}")
     return [name for name in sparse_patch.list_methods() if name != "dense"]
 
 

@@ -33,8 +33,8 @@ import typer
 from kernel_checks.binary import facts
 from kernel_checks.chips import CHIPS, Chip
 from kernel_checks.report import Entry, case_name, config_text, failures, markdown
-from sparse_patch_eval.console import console, fail, progress
-from sparse_patch_eval.prefill import machine
+from sparse_patch_eval.base.console import console, fail, progress
+from sparse_patch_eval.base.machine import machine
 
 try:
     import triton

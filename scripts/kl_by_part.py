@@ -28,18 +28,19 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from sparse_patch_eval.ablate import OnlyHeads
-from sparse_patch_eval.answer import exact_share, whole_density
-from sparse_patch_eval.capture import capture
-from sparse_patch_eval.compare import kl_rows, sparse_prefill
-from sparse_patch_eval.console import console, progress, user_errors
-from sparse_patch_eval.judge import judge, plan_of
-from sparse_patch_eval.models import load
-from sparse_patch_eval.options import choose_layers, parse_layers, parse_length, parse_method
-from sparse_patch_eval.plots import plot
-from sparse_patch_eval.rows import Row, RowFile, describe_machines
-from sparse_patch_eval.stats import bootstrap
-from sparse_patch_eval.text import long_text, passkey_prompt
+from plots import plot
+from sparse_patch_eval.ask.capture import capture
+from sparse_patch_eval.ask.density import exact_share, whole_density
+from sparse_patch_eval.ask.judge import judge, plan_of
+from sparse_patch_eval.ask.kl import kl_rows
+from sparse_patch_eval.base.console import console, progress, user_errors
+from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length, parse_method
+from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
+from sparse_patch_eval.base.stats import bootstrap
+from sparse_patch_eval.inputs.models import load
+from sparse_patch_eval.inputs.text import long_text, passkey_prompt
+from study.ablate import OnlyHeads
+from study.compare import sparse_prefill
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparse_patch_eval.fetch import package_file
-from sparse_patch_eval.models import SMOLLM2_GGUF
-from sparse_patch_eval.rows import Row
+from sparse_patch_eval.base.fetch import package_file
+from sparse_patch_eval.base.rows import Row
+from sparse_patch_eval.inputs.models import SMOLLM2_GGUF
 
 PEERS = (
     "openvino",

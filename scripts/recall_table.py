@@ -6,7 +6,7 @@
 One dense prefill a prompt captures q and k of a sample of layers; every method then plans on them.
 Density is kept / causal, recall the attention mass kept: exact, on a sample of query blocks. The
 oracle knows the true mass of every block of 128 keys and takes the fewest that reach the same
-recall on the same rows (see `sparse_patch_eval.oracle`). A layer where the method asks for exact
+recall on the same rows (see `study.oracle`). A layer where the method asks for exact
 attention counts as density 1 and recall 1.
 
 Writes `rows.jsonl` (a line per method, layer and prompt), `table.md` and `recall.png` into the
@@ -23,15 +23,15 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from sparse_patch_eval.capture import Attention, capture
-from sparse_patch_eval.console import console, fail, progress, user_errors
-from sparse_patch_eval.judge import judge, plan_of
-from sparse_patch_eval.models import load
-from sparse_patch_eval.options import choose_layers, parse_layers, parse_length, parse_method
-from sparse_patch_eval.oracle import Oracle, oracle
-from sparse_patch_eval.plots import legend_outside, plot, style
-from sparse_patch_eval.rows import Row, RowFile, describe_machines
-from sparse_patch_eval.text import long_text, passkey_prompt
+from plots import legend_outside, plot, style
+from sparse_patch_eval.ask.capture import Attention, capture
+from sparse_patch_eval.ask.judge import judge, plan_of
+from sparse_patch_eval.base.console import console, fail, progress, user_errors
+from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length, parse_method
+from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
+from sparse_patch_eval.inputs.models import load
+from sparse_patch_eval.inputs.text import long_text, passkey_prompt
+from study.oracle import Oracle, oracle
 
 import sparse_patch
 from sparse_patch import Method

@@ -29,10 +29,12 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
-from sparse_patch_eval.models import load
-from sparse_patch_eval.options import parse_lengths
-from sparse_patch_eval.prefill import machine
-from sparse_patch_eval.text import long_text
+from sparse_patch_eval.ask.kl import kl_rows
+from sparse_patch_eval.ask.true_attention import probabilities
+from sparse_patch_eval.base.machine import machine
+from sparse_patch_eval.base.options import parse_lengths
+from sparse_patch_eval.inputs.models import load
+from sparse_patch_eval.inputs.text import long_text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,17 +90,12 @@ class Watched(Strided):
 
 def _dropped(q: Tensor, k: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
     """Mass dropped and the largest dropped key, `[heads, rows]` each; rows of the second half."""
-    group = q.shape[0] // k.shape[0]
     mass, largest = [], []
     for block in range(plan.n_q_blocks // 2, plan.n_q_blocks):
         first, end = plan.row_range(block)
-        future = torch.arange(end) > torch.arange(first, end)[:, None]
-        rows = []
-        for head in range(q.shape[0]):
-            logits = q[head, first:end] @ k[head // group, :end].T * scale
-            probs = logits.masked_fill_(future, float("-inf")).softmax(-1)
-            rows.append(probs.masked_fill_(plan.block_mask(head, block)[:, :end], 0.0))
-        dropped = torch.stack(rows)
+        kept = torch.stack([plan.block_mask(head, block)[:, :end] for head in range(q.shape[0])])
+        rows = torch.arange(first, end, device=q.device)
+        dropped = probabilities(q, k, rows, scale=scale).masked_fill_(kept, 0.0)
         mass.append(dropped.sum(-1))
         largest.append(dropped.amax(-1))
     return torch.cat(mass, 1), torch.cat(largest, 1)
@@ -114,15 +111,15 @@ class Bench:
 
     @classmethod
     def of(cls, model: PreTrainedModel, prompts: list[Tensor]) -> Bench:
-        return cls(model, prompts, [_log_probs(model, ids) for ids in prompts])
+        return cls(model, prompts, [_logits(model, ids) for ids in prompts])
 
     def kl(self, method: Watched, index: int) -> tuple[Tensor, float]:
         """KL(dense || sparse) `[positions]` of one prompt, and the density."""
         with sparse_patch.patch(self.model, method, min_length=0) as handle:
-            sparse = _log_probs(self.model, self.prompts[index])
+            sparse = _logits(self.model, self.prompts[index])
         dense = self.dense[index]
         density = handle.report().density
-        return (dense.exp() * (dense - sparse)).sum(-1), 1.0 if density is None else density
+        return kl_rows(dense, sparse), 1.0 if density is None else density
 
     def mean_kl(self, method: Watched) -> tuple[list[float], float]:
         """Mean KL of each prompt, and the mean density."""
@@ -131,10 +128,10 @@ class Bench:
 
 
 @torch.no_grad()
-def _log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     half = ids.shape[1] // 2
     logits: Tensor = model(ids, logits_to_keep=half, use_cache=False).logits[0]
-    return logits.float().log_softmax(-1)
+    return logits.float()
 
 
 def main(
@@ -288,7 +285,7 @@ def _captured(bench: Bench) -> list[tuple[Tensor, Tensor, float]]:
 
     for ids in bench.prompts:
         with sparse_patch.patch(bench.model, Recorder(), min_length=0):
-            _log_probs(bench.model, ids)
+            _logits(bench.model, ids)
     return found
 
 

@@ -29,7 +29,7 @@ from gpu_checks import (
 from gpu_checks.device import Device
 from gpu_checks.scale import FULL, TOY
 from gpu_checks.stage import DeviceLost, Stage
-from sparse_patch_eval.rows import read_rows
+from sparse_patch_eval.base.rows import read_rows
 from sparse_patch_kernels import block_sparse_attention, dispatch
 
 import sparse_patch

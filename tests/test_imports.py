@@ -79,3 +79,41 @@ def test_kernels_import_one_another_without_a_circle():
     }
     search = "sparse_patch_kernels.estimators.tree_search"
     assert {f"{search}.kernel", f"{search}.native"} < graph[f"{search}.plain"]
+
+
+# Each room of sparse_patch_eval imports from itself and from rooms before it, so none goes round.
+ORDER = "base inputs tasks tasks.hub ask runs report tuning lm_eval_model cli".split()  # noqa: SIM905
+EVAL = ROOT / "eval" / "sparse_patch_eval"
+
+
+def room_of(module):
+    """The room of a dotted name below sparse_patch_eval: the longest that it begins with."""
+    return max((room for room in ORDER if f"{module}.".startswith(f"{room}.")), key=len)
+
+
+def imported(path):
+    """The modules of sparse_patch_eval that a file names in its imports, wherever they stand."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name for name in names if name.startswith("sparse_patch_eval."))
+
+
+def test_rooms_of_the_evaluation_have_one_order():
+    up = []
+    for path in sorted(EVAL.glob("*/**/*.py")):
+        place = path.relative_to(EVAL).with_suffix("")
+        own = room_of(".".join(place.parts))
+        for name in imported(path):
+            room = room_of(name.removeprefix("sparse_patch_eval."))
+            if ORDER.index(room) > ORDER.index(own):
+                up.append(f"{place} imports {name}")
+    assert up == []
+
+
+def test_every_module_of_the_evaluation_is_in_a_room():
+    assert [path.name for path in EVAL.glob("*.py")] == ["__init__.py"]
+    folders = {path.parent.relative_to(EVAL).as_posix() for path in EVAL.glob("*/**/*.py")}
+    assert folders == {room.replace(".", "/") for room in ORDER}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from sparse_patch_eval.capture import capture
+from sparse_patch_eval.ask.capture import capture
 
 import sparse_patch
 from tests.zoo import tiny_model

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sparse_patch_eval.rows import Row
+from sparse_patch_eval.base.rows import Row
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from sparse_patch_eval.rows import Row, RowFile, read_rows
+from sparse_patch_eval.base.rows import Row, RowFile, read_rows
 
 from compat.compare import WRONG, check
 from compat.table import verdict

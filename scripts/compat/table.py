@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sparse_patch_eval.rows import Row
+from sparse_patch_eval.base.rows import Row
 
 from compat.compare import NOT_BUILT, REFUSED, RIGHT, WRONG
 

@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sparse_patch_eval.prefill import machine
-from sparse_patch_eval.rows import Row, read_rows
+from sparse_patch_eval.base.machine import machine
+from sparse_patch_eval.base.rows import Row, read_rows
 
 from gpu_checks import report
 from gpu_checks.device import Device

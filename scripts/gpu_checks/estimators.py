@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sparse_patch_eval.rows import Row
+from sparse_patch_eval.base.rows import Row
 from sparse_patch_kernels import BlockPlan, block_sparse_attention, dispatch
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from sparse_patch_eval.rows import Row
+from sparse_patch_eval.base.rows import Row
 from sparse_patch_kernels import BlockPlan, block_sparse_attention, reference
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from sparse_patch_eval.rows import Row
+from sparse_patch_eval.base.rows import Row
 from sparse_patch_kernels import BlockPlan, block_sparse_attention
 from torch import Tensor
 from torch.nn import functional as F

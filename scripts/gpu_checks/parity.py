@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sparse_patch_eval.rows import Row
+from sparse_patch_eval.base.rows import Row
 from sparse_patch_kernels import BlockPlan, RunList, block_sparse_attention, reference
 from torch import Tensor
 

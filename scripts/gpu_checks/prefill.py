@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from sparse_patch_eval.prefill import prefill
-from sparse_patch_eval.rows import Row
+from sparse_patch_eval.ask.prefill import prefill
+from sparse_patch_eval.base.rows import Row
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sparse_patch

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from sparse_patch_eval.rows import Row
+from sparse_patch_eval.base.rows import Row
 from sparse_patch_kernels import dispatch
 
 import sparse_patch

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_patch_eval.rows import Row, read_rows
+from sparse_patch_eval.base.rows import Row, read_rows
 
 from gpu_checks.device import Device
 from gpu_checks.scale import Scale

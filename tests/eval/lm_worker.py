@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from sparse_patch_eval.lm import SparsePatchLM
+from sparse_patch_eval.lm_eval_model.model import SparsePatchLM
 
 import sparse_patch
 from tests.eval.lm_models import PAIRS, SPARSE, TASKS, instances

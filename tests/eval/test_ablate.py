@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sparse_patch_eval.ablate import OnlyHeads, show_all
+from study.ablate import OnlyHeads, show_all
 
 import sparse_patch
 from sparse_patch import BlockPlan, RunList

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparse_patch_eval.answer import Generation, answer, cut, generate, likelihood
-from sparse_patch_eval.prefill import prefill
+from sparse_patch_eval.ask.answer import Generation, answer, cut, generate, likelihood
+from sparse_patch_eval.ask.prefill import prefill
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from sparse_patch import get_method, patch

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from sparse_patch_eval.capture import capture
-from sparse_patch_eval.judge import dense_output
+from sparse_patch_eval.ask.capture import capture
+from sparse_patch_eval.ask.judge import dense_output
 
 from tests.zoo import tiny_model
 

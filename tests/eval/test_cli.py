@@ -8,9 +8,11 @@ import pytest
 import torch
 import typer
 from rich.text import Text
-from sparse_patch_eval import console, options
-from sparse_patch_eval.cli import app
-from sparse_patch_eval.prefill import decode, kl_divergence, machine, prefill
+from sparse_patch_eval.ask.kl import kl_divergence
+from sparse_patch_eval.ask.prefill import decode, prefill
+from sparse_patch_eval.base import console, options
+from sparse_patch_eval.base.machine import machine
+from sparse_patch_eval.cli.app import app
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 

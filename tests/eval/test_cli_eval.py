@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sparse_patch_eval.cli import app
+from sparse_patch_eval.cli.app import app
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -201,7 +201,7 @@ def test_code_of_a_model_is_run_only_where_a_flag_says_so(run, words, own_code, 
 
 def test_a_flag_lets_code_of_a_model_run(own_code, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(own_code[0].parent / "modules"))
-    from sparse_patch_eval.lm import SparsePatchLM
+    from sparse_patch_eval.lm_eval_model.model import SparsePatchLM
 
     with pytest.raises(ValueError, match="trust_remote_code='yes' must be True or False"):
         SparsePatchLM(str(own_code[0]), trust_remote_code="yes")

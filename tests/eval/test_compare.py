@@ -4,17 +4,18 @@ import copy
 
 import pytest
 import torch
-from sparse_patch_eval.compare import (
+from sparse_patch_eval.ask.kl import kl_divergence
+from sparse_patch_eval.ask.prefill import prefill
+from sparse_patch_eval.inputs.text import encode
+from study.compare import (
     compare,
     dense_baseline,
     kl_rows,
     next_token_nll,
     score_needle,
 )
-from sparse_patch_eval.needles import needle_prompt, needle_prompts
-from sparse_patch_eval.prefill import kl_divergence, prefill
-from sparse_patch_eval.text import encode
-from sparse_patch_eval.tuning import capture_layers, mean_density, tuning_layers
+from study.needles import needle_prompt, needle_prompts
+from study.tuning import capture_layers, mean_density, tuning_layers
 
 import sparse_patch
 from sparse_patch import get_method

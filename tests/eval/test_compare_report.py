@@ -1,7 +1,7 @@
 """Tables of a comparison: paired, ranked at equal density only."""
 
 import pytest
-from sparse_patch_eval.compare_report import DENSE, KL, Entry, Group, draw, groups, markdown
+from study.compare_report import DENSE, KL, Entry, Group, draw, groups, markdown
 
 MACHINE = {
     "git": "abc1234", "device": "CPU", "cpu_capability": "AVX2", "threads": 1, "torch": "2",

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sparse_patch_eval import evaluation
-from sparse_patch_eval.evaluation import Setup, evaluate
-from sparse_patch_eval.run_folder import RunFolder, run_config, summary
-from sparse_patch_eval.text_unit import SCORED, TextUnit
-from sparse_patch_eval.units import How, Sample, Scored
+from sparse_patch_eval.runs import evaluation
+from sparse_patch_eval.runs.evaluation import Setup, evaluate
+from sparse_patch_eval.runs.folder import RunFolder, run_config, summary
+from sparse_patch_eval.runs.text_unit import SCORED, TextUnit
+from sparse_patch_eval.runs.unit import How, Question, Scored
 
 from sparse_patch import get_method
 
@@ -39,8 +39,8 @@ class Counted:
     def __init__(self, count, killed_after=None, salt=""):
         self.asked, self.count, self.killed_after, self.salt = [], count, killed_after, salt
 
-    def samples(self):
-        return [Sample(n, f"hash {n}{self.salt}", n, depth=n / 10) for n in range(self.count)]
+    def questions(self):
+        return [Question(n, f"hash {n}{self.salt}", n, depth=n / 10) for n in range(self.count)]
 
     def ask(self, sample, how):
         if len(self.asked) == self.killed_after:
@@ -339,19 +339,19 @@ def text_unit(lab, folder):
 
 
 def test_a_model_that_knows_the_text_has_perplexity_one(lab, text_unit):
-    sample = text_unit.samples()[0]
+    sample = text_unit.questions()[0]
     lab.model = Oracle(sample.content)
     assert text_unit.ask(sample, How(None, {}))["scores"]["nll"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_model_that_is_surely_wrong_has_a_large_nll(lab, text_unit):
-    sample = text_unit.samples()[1]
+    sample = text_unit.questions()[1]
     lab.model = Oracle(sample.content, wrong=True)
     assert text_unit.ask(sample, How(None, {}))["scores"]["nll"] == pytest.approx(60)
 
 
 def test_dense_has_no_kl_to_itself_and_a_method_has(text_unit):
-    sample = text_unit.samples()[0]
+    sample = text_unit.questions()[0]
     dense = text_unit.ask(sample, How(None, {}))
     sparse = text_unit.ask(sample, How(get_method("a_shape", sink=1, window=2), {"min_length": 0}))
     assert dense["scores"]["kl"] == 0
@@ -362,7 +362,7 @@ def test_dense_has_no_kl_to_itself_and_a_method_has(text_unit):
 
 def test_kl_is_the_same_when_dense_was_answered_by_an_earlier_run(lab, folder, text_unit):
     how = How(get_method("a_shape", sink=1, window=2), {"min_length": 0})
-    sample = text_unit.samples()[0]
+    sample = text_unit.questions()[0]
     text_unit.ask(sample, How(None, {}))
     fresh = TextUnit(str(folder / "walks.txt"), 2 * SCORED, lm=lab, limit=3, seed=0)
     assert fresh.ask(sample, how)["scores"] == text_unit.ask(sample, how)["scores"]
@@ -370,14 +370,14 @@ def test_kl_is_the_same_when_dense_was_answered_by_an_earlier_run(lab, folder, t
 
 def test_windows_stay_the_same_when_more_are_asked_for_and_share_nothing(lab, folder, text_unit):
     more = TextUnit(str(folder / "walks.txt"), 2 * SCORED, lm=lab, limit=5, seed=0)
-    hashes = [sample.prompt_hash for sample in more.samples()]
-    assert [sample.prompt_hash for sample in text_unit.samples()] == hashes[:3]
+    hashes = [sample.prompt_hash for sample in more.questions()]
+    assert [sample.prompt_hash for sample in text_unit.questions()] == hashes[:3]
     assert len(set(hashes)) == 5
 
 
 def test_without_a_limit_a_text_gives_all_its_windows(lab, folder):
     unit = TextUnit(str(folder / "walks.txt"), 2 * SCORED, lm=lab, limit=None, seed=0)
-    assert len(unit.samples()) > 5
+    assert len(unit.questions()) > 5
 
 
 def test_a_text_too_short_for_the_samples_says_how_many_it_has(lab, folder):

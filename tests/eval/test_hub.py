@@ -14,9 +14,11 @@ import datasets
 import lm_eval
 import pytest
 from lm_eval.api.model import LM
-from sparse_patch_eval import hub, hub_data, hub_load
-from sparse_patch_eval.fetch import FetchError
-from sparse_patch_eval.hub_tables import HUB
+from sparse_patch_eval.base.fetch import FetchError
+from sparse_patch_eval.tasks.hub import benchmarks as hub
+from sparse_patch_eval.tasks.hub import data as hub_data
+from sparse_patch_eval.tasks.hub import load as hub_load
+from sparse_patch_eval.tasks.hub.tables import HUB
 
 DATA = Path(__file__).parent / "data" / "hub"
 WRONG = "%%%"  # no word, letter or number of any answer

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from matplotlib.image import imread
-from sparse_patch_eval import inspect_page
-from sparse_patch_eval.cli import app
+from sparse_patch_eval.cli.app import app
+from sparse_patch_eval.report import inspect_page
 from typer.testing import CliRunner
 
 import sparse_patch

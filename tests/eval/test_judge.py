@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from sparse_patch_eval.capture import Attention
-from sparse_patch_eval.judge import dense_output, judge, output_error, plan_of
+from sparse_patch_eval.ask.capture import Attention
+from sparse_patch_eval.ask.judge import dense_output, judge, output_error, plan_of
 
 import sparse_patch
 from sparse_patch import BlockPlan, RunList

@@ -3,10 +3,14 @@
 import math
 
 import pytest
-from sparse_patch_eval.knobs import KNOBS, Tuner, knob_of, missing_methods, spec_of
-from sparse_patch_eval.options import parse_method, split_method
+from sparse_patch_eval.base.options import parse_method, spec_of, split_method
+from study.tuner import Tuner
 
 import sparse_patch
+
+
+def knob_of(name):
+    return sparse_patch.describe(name).knob
 
 
 class Lab:
@@ -63,33 +67,32 @@ def test_out_of_reach_gives_the_nearest_end():
 
 
 def test_a_knob_that_keeps_less_when_it_rises():
-    knob = KNOBS["flashprefill"]
+    knob = knob_of("flashprefill")
     assert knob.params(0)["alpha"] > knob.params(0.5)["alpha"] > knob.params(1)["alpha"] > 0
 
 
 def test_knobs_of_several_parameters_scale_them_together():
-    knob = KNOBS["minference"]
+    knob = knob_of("minference")
     for place in (0.3, 0.6, 0.9):
         params = knob.params(place)
         assert params["slash"] / params["vertical"] == pytest.approx(6.096, rel=0.05)
 
 
 def test_numbers_that_belong_together_keep_their_proportion():
-    assert KNOBS["psa"].make(0.9) == {"thresholds": (0.9, 0.92, 0.94, 0.96)}
-    stages = KNOBS["infinite_hip"].make(0.5)
+    assert knob_of("psa").make(0.9) == {"thresholds": (0.9, 0.92, 0.94, 0.96)}
+    stages = knob_of("infinite_hip").make(0.5)
     assert (stages["keep"], stages["early_keep"]) == ((16384, 4096, 1024), 2048)
 
 
 @pytest.mark.parametrize("name", [n for n in sparse_patch.list_methods() if knob_of(n)])
 def test_every_place_of_a_registered_methods_knob_is_a_method(name):
-    specs = [spec_of(name, KNOBS[name].params(place)) for place in (0.0, 0.3, 0.5, 0.99, 1.0)]
+    specs = [spec_of(name, knob_of(name).params(place)) for place in (0.0, 0.3, 0.5, 0.99, 1.0)]
     assert len({parse_method(spec) for spec in specs}) > 3
 
 
 def test_the_methods_of_the_core_have_knobs():
     assert all(knob_of(name) for name in ("flexprefill", "proxyattn", "a_shape"))
     assert knob_of("dense") is None
-    assert not set(missing_methods()) & set(sparse_patch.list_methods())
 
 
 def test_a_method_without_a_knob_is_measured_once():

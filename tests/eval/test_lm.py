@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparse_patch_eval import lm_cli, models
-from sparse_patch_eval.answer import answer
-from sparse_patch_eval.lm import SparsePatchLM
-from sparse_patch_eval.lm_options import PatchOptions, read_method
+from sparse_patch_eval.ask.answer import answer
+from sparse_patch_eval.inputs import models
+from sparse_patch_eval.lm_eval_model import __main__ as lm_cli
+from sparse_patch_eval.lm_eval_model.model import SparsePatchLM
+from sparse_patch_eval.lm_eval_model.options import PatchOptions, read_method
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparse_patch

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datasets
 import pytest
 from lm_eval.tasks import TaskManager
-from sparse_patch_eval import lm_unit
-from sparse_patch_eval.lm_unit import LmUnit
-from sparse_patch_eval.units import How
+from sparse_patch_eval.runs import lm_unit
+from sparse_patch_eval.runs.lm_unit import LmUnit
+from sparse_patch_eval.runs.unit import How
 
 from sparse_patch import get_method
 
@@ -61,7 +61,7 @@ CHOICE = {
 
 def _said(unit, reply):
     rows = {}
-    for sample in unit.samples():
+    for sample in unit.questions():
         rows[sample.doc_id] = {"responses": [reply(one) for one in sample.content]}
     return rows
 
@@ -104,7 +104,7 @@ def test_choices_of_a_sample_come_from_one_prefill(tiny, monkeypatch):
         lm_unit, "answer", lambda *given, **options: prefills.append(1) or answer(*given, **options)
     )
     unit = LmUnit("made up", _load(**CHOICE), None, lm=Lab(tiny))
-    row = unit.ask(unit.samples()[0], DENSE)
+    row = unit.ask(unit.questions()[0], DENSE)
     assert len(prefills) == 1
     assert [len(reply) for reply in row["responses"]] == [2] * 4
     assert row["density"] == 1.0
@@ -114,7 +114,7 @@ def test_choices_of_a_sample_come_from_one_prefill(tiny, monkeypatch):
 def test_what_is_asked_is_what_the_model_says(tiny):
     lab = Lab(tiny)
     unit = LmUnit("made up", _load(), None, lm=lab)
-    sample = unit.samples()[2]
+    sample = unit.questions()[2]
     row = unit.ask(sample, DENSE)
     ids = lab.tokenizer(sample.content[0].args[0], return_tensors="pt")["input_ids"]
     wanted = lab.model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -129,10 +129,10 @@ def test_a_method_is_measured(tiny):
     task = _load(custom_dataset=lambda **_: {"test": datasets.Dataset.from_list(long)})
     unit = LmUnit("made up", task, None, lm=Lab(tiny))
     how = How(get_method("a_shape", sink=4, window=64), {"min_length": 0}, measure_recall=True)
-    row = unit.ask(unit.samples()[0], how)
+    row = unit.ask(unit.questions()[0], how)
     assert 0 < row["density"] < 1
     assert 0 < row["recall"] < 1
-    exact = unit.ask(unit.samples()[0], How(how.method, {"min_length": 4096}))
+    exact = unit.ask(unit.questions()[0], How(how.method, {"min_length": 4096}))
     assert exact["density"] is None
     assert exact["sparse_calls"] == 0
     assert row["sparse_calls"] == 2
@@ -147,14 +147,14 @@ def test_a_prompt_that_does_not_fit_is_cut_as_told_and_counted(tiny):
         return tokens[:room]
 
     unit = LmUnit("made up", _load(), None, lm=Lab(tiny, max_length=20), truncate=keep_start)
-    row = unit.ask(unit.samples()[3], DENSE)
+    row = unit.ask(unit.questions()[3], DENSE)
     ((before, room),) = rooms
     assert room == 15
     assert row["tokens"] == room
     assert row["truncated"] == before - room
-    assert unit.ask(unit.samples()[3], DENSE)["responses"] == row["responses"]
+    assert unit.ask(unit.questions()[3], DENSE)["responses"] == row["responses"]
     with pytest.raises(ValueError, match="more tokens than the 5"):
-        LmUnit("made up", _load(), None, lm=Lab(tiny, max_length=5)).ask(unit.samples()[0], DENSE)
+        LmUnit("made up", _load(), None, lm=Lab(tiny, max_length=5)).ask(unit.questions()[0], DENSE)
 
 
 def test_what_one_prefill_cannot_answer_is_refused_before_anything_runs(tiny):
@@ -162,14 +162,14 @@ def test_what_one_prefill_cannot_answer_is_refused_before_anything_runs(tiny):
         output_type="loglikelihood_rolling", metric_list=[{"metric": "word_perplexity"}]
     )
     with pytest.raises(ValueError, match="rolling"):
-        LmUnit("made up", rolling, None, lm=Lab(tiny)).samples()
+        LmUnit("made up", rolling, None, lm=Lab(tiny)).questions()
     sampled = _load(generation_kwargs={"until": ["\n"], "do_sample": True, "temperature": 0.7})
     with pytest.raises(ValueError, match="greedily"):
-        LmUnit("made up", sampled, None, lm=Lab(tiny)).samples()
+        LmUnit("made up", sampled, None, lm=Lab(tiny)).questions()
 
 
 def test_the_limit_keeps_the_first_and_hashes_tell_prompts_apart(tiny):
-    whole = LmUnit("made up", _load(), None, lm=Lab(tiny)).samples()
-    first = LmUnit("made up", _load(), None, lm=Lab(tiny), limit=2).samples()
+    whole = LmUnit("made up", _load(), None, lm=Lab(tiny)).questions()
+    first = LmUnit("made up", _load(), None, lm=Lab(tiny), limit=2).questions()
     assert [one.prompt_hash for one in first] == [one.prompt_hash for one in whole[:2]]
     assert len({one.prompt_hash for one in whole}) == 4

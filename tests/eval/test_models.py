@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparse_patch_eval import fetch, models
-from sparse_patch_eval.fetch import FetchError, PackageFile, cache_folder, package_file, staged
+from sparse_patch_eval.base import fetch
+from sparse_patch_eval.base.fetch import FetchError, PackageFile, cache_folder, package_file, staged
+from sparse_patch_eval.inputs import models
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import (

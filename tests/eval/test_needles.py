@@ -3,7 +3,8 @@
 import itertools
 
 import pytest
-from sparse_patch_eval.needles import needle_prompt, needle_prompts, parts
+from sparse_patch_eval.inputs.parts import parts
+from study.needles import needle_prompt, needle_prompts
 
 MARK = "One of the special magic numbers for "
 

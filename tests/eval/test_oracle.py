@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from sparse_patch_eval.capture import Attention
-from sparse_patch_eval.judge import judge
-from sparse_patch_eval.oracle import Oracle, oracle
+from sparse_patch_eval.ask.capture import Attention
+from sparse_patch_eval.ask.judge import judge
+from study.oracle import Oracle, oracle
 
 import sparse_patch
 from sparse_patch import BlockPlan

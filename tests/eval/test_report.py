@@ -8,14 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
-from sparse_patch_eval.chance import above_chance, chance
-from sparse_patch_eval.cli import app
-from sparse_patch_eval.report import comparison_table, speed_ups
-from sparse_patch_eval.report_sections import sections
-from sparse_patch_eval.report_text import markdown, write_samples, write_summary
-from sparse_patch_eval.rows import read_rows
-from sparse_patch_eval.runs import find_runs
-from sparse_patch_eval.stats import bootstrap, bootstrap_groups
+from sparse_patch_eval.base.rows import read_rows
+from sparse_patch_eval.base.stats import bootstrap, bootstrap_groups
+from sparse_patch_eval.cli.app import app
+from sparse_patch_eval.report.chance import above_chance, chance
+from sparse_patch_eval.report.comparison import comparison_table, speed_ups
+from sparse_patch_eval.report.sections import sections
+from sparse_patch_eval.report.text import markdown, write_samples, write_summary
+from sparse_patch_eval.runs.reading import find_runs
 from typer.testing import CliRunner
 
 from tests.drawn import ANY

@@ -11,14 +11,14 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from sparse_patch_eval.report import comparison_table
-from sparse_patch_eval.report_figures import cells, figures, front
-from sparse_patch_eval.report_heatmaps import depth_name, grid
-from sparse_patch_eval.report_page import command, page
-from sparse_patch_eval.report_plots import shorten
-from sparse_patch_eval.report_sections import sections
-from sparse_patch_eval.report_text import markdown
-from sparse_patch_eval.runs import find_runs
+from sparse_patch_eval.report.comparison import comparison_table
+from sparse_patch_eval.report.figures import cells, figures, front
+from sparse_patch_eval.report.heatmaps import depth_name, grid
+from sparse_patch_eval.report.page import command, page
+from sparse_patch_eval.report.plots import shorten
+from sparse_patch_eval.report.sections import sections
+from sparse_patch_eval.report.text import markdown
+from sparse_patch_eval.runs.reading import find_runs
 
 from tests.eval.run_builder import MACHINE, sample, write_comparison, write_run
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sparse_patch_eval.lm import SparsePatchLM
+from sparse_patch_eval.lm_eval_model.model import SparsePatchLM
 
 from tests.eval.lm_models import PAIRS, SPARSE, TASKS, instances, save_tiny
 
@@ -171,7 +171,13 @@ def test_statistics_of_all_processes_come_together(workers, alone):
 def test_accelerate_launch_shares_the_samples_out(model, tmp_path, alone):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(free_port()), "-m", "sparse_patch_eval.lm_cli", "run"]
+    launch += [
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+        "sparse_patch_eval.lm_eval_model",
+        "run",
+    ]
     arguments = [f"pretrained={model}", f"method={SPARSE['method']}"]
     arguments += [f"{key}={SPARSE[key]}" for key in ("min_length", "min_queries")]
     command = [*launch, "--model", "sparse_patch", "--model_args", ",".join(arguments)]

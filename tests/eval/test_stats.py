@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from sparse_patch_eval.stats import bootstrap, ranks, winner
+from sparse_patch_eval.base.stats import bootstrap
+from study.ranking import ranks, winner
 
 
 def test_two_values_have_the_interval_that_can_be_counted():

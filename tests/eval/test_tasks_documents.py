@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("wonderwords")
 
 from sparse_patch_eval.tasks.documents import documents, from_metadata
-from sparse_patch_eval.tasks.sample import Growth, Sample, TooShort, fit, one_replaced
+from sparse_patch_eval.tasks.problem import Growth, Problem, TooShort, fit, one_replaced
 from sparse_patch_eval.tasks.table import GENERATORS
 
 from tests.eval.task_documents import made
@@ -121,7 +121,7 @@ def test_the_tokenizer_goes_by_the_names_lm_eval_knows(key, folder):
 
 
 def sample(units):
-    return Sample("x" * units, "", (), "", (), None)
+    return Problem("x" * units, "", (), "", (), None)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("wonderwords")
 
+from sparse_patch_eval.inputs.text import QUESTION, STATEMENT, WORDS
 from sparse_patch_eval.tasks.table import GENERATORS, GRID
 from sparse_patch_eval.tasks.values import DEPTHS
-from sparse_patch_eval.text import QUESTION, STATEMENT, WORDS
 
 from tests.eval.task_documents import made
 

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("wonderwords")
 
+from sparse_patch_eval.inputs.text import long_text
 from sparse_patch_eval.tasks.table import RULER
 from sparse_patch_eval.tasks.values import DEPTHS, NOISE, prose
-from sparse_patch_eval.text import long_text
 
 from tests.eval.task_documents import made
 
@@ -153,7 +153,7 @@ def test_the_whole_answer_tells_values_as_they_stand(tiny, folder):
 
 
 def test_prose_is_cut_at_sentences(folder):
-    from sparse_patch_eval.tasks.sample import Draw
+    from sparse_patch_eval.tasks.problem import Draw
 
     window = prose(Draw("any", 200, 0.5, str(folder / "walks.txt")))
     assert len(window.words) == 200

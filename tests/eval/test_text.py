@@ -7,9 +7,10 @@ import zipfile
 from dataclasses import replace
 
 import pytest
-from sparse_patch_eval import fetch, text
-from sparse_patch_eval.fetch import FetchError
-from sparse_patch_eval.text import long_text, passkey_prompt
+from sparse_patch_eval.base import fetch
+from sparse_patch_eval.base.fetch import FetchError
+from sparse_patch_eval.inputs import text
+from sparse_patch_eval.inputs.text import long_text, passkey_prompt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

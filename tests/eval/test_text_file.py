@@ -7,13 +7,13 @@ import re
 
 import pytest
 import yaml
-from sparse_patch_eval import text_file
-from sparse_patch_eval.cli import app
-from sparse_patch_eval.knobs import spec_of
-from sparse_patch_eval.lm_options import read_method
-from sparse_patch_eval.options import join_list, parse_method, split_list
-from sparse_patch_eval.text import long_text
-from sparse_patch_eval.text_file import read_text
+from sparse_patch_eval.base import text_file
+from sparse_patch_eval.base.options import join_list, parse_method, split_list
+from sparse_patch_eval.base.text_file import read_text
+from sparse_patch_eval.cli.app import app
+from sparse_patch_eval.inputs.text import long_text
+from sparse_patch_eval.lm_eval_model.options import read_method
+from sparse_patch_eval.base.options import spec_of
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -238,7 +238,7 @@ def test_a_text_too_short_for_all_samples_says_how_many_it_has_room_for(tmp_path
 
 
 def test_a_demo_whose_text_ends_before_its_longest_prompt_times_nothing(folder, monkeypatch):
-    monkeypatch.setattr("sparse_patch_eval.cli.warm_up", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr("sparse_patch_eval.cli.demo.warm_up", lambda *_: pytest.fail("timed"))
     (folder / "short.txt").write_text("A word. " * 250)
     said = run(
         *("demo", "--model", folder / "model", "--text", folder / "short.txt"),

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from sparse_patch_eval.capture import capture
-from sparse_patch_eval.cli import app
-from sparse_patch_eval.judge import judge, plan_of
-from sparse_patch_eval.tune import (
+from sparse_patch_eval.ask.capture import capture
+from sparse_patch_eval.ask.judge import judge, plan_of
+from sparse_patch_eval.cli.app import app
+from sparse_patch_eval.tuning.choice import (
     Candidate,
     Measured,
     candidates,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_patch_eval.peak import peak_is_known, resident_bytes, with_peak
+from peak import peak_is_known, resident_bytes, with_peak
 from sparse_patch_kernels import block_sparse_attention
 
 from sparse_patch import get_method, list_methods

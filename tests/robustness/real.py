@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from sparse_patch_eval import models
-from sparse_patch_eval.fetch import cache_folder
+from sparse_patch_eval.base.fetch import cache_folder
+from sparse_patch_eval.inputs import models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sparse_patch

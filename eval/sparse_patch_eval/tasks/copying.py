@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparse_patch_eval.tasks.sample import CANDIDATES, Draw, Growth, Sample, Series
+from sparse_patch_eval.inputs.text import QUESTION, STATEMENT, WORDS
+from sparse_patch_eval.tasks.problem import CANDIDATES, Draw, Growth, Problem, Series
 from sparse_patch_eval.tasks.values import LEAST_WORDS, distinct, insert, prose
-from sparse_patch_eval.text import QUESTION, STATEMENT, WORDS
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Copying:
         ]
         window = prose(draw)
 
-        def build(units: int) -> Sample:
+        def build(units: int) -> Problem:
             cuts = [round(units * depth) for depth in depths]
-            return Sample(
+            return Problem(
                 input=" ".join(insert(window.words[:units], cuts, needles))
                 + QUESTION.format(word=names[0]),
                 gen_prefix=statements[0],

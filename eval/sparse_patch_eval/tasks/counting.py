@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 
-from sparse_patch_eval.tasks.sample import Draw, Growth, Sample, Series, one_replaced
+from sparse_patch_eval.tasks.problem import Draw, Growth, Problem, Series, one_replaced
 from sparse_patch_eval.tasks.values import distinct, letters, vocabulary
 
 _COMMON = (
@@ -78,9 +78,9 @@ class CommonWords:
         wrong = one_replaced(common, others, draw.random("wrong"))
         example = self._example(draw, shown)
 
-        def build(units: int) -> Sample:
+        def build(units: int) -> Problem:
             entries = _entries(words.first(units), self.num_cw, often, draw.random("order"))
-            return Sample(
+            return Problem(
                 input=f"{example}\n{_COMMON.format(context=_numbered(entries))}",
                 gen_prefix=_COMMON_PREFIX,
                 outputs=tuple(common),
@@ -138,11 +138,11 @@ class FrequentWords:
         top, next_best = words[1:4], words[4:7]
         wrong = one_replaced(top, next_best, draw.random("wrong"))
 
-        def build(units: int) -> Sample:
+        def build(units: int) -> Problem:
             counts = zeta_counts(units, size, self.alpha)
             text = list(chain.from_iterable(map(repeat, words, counts)))
             draw.random("order").shuffle(text)
-            return Sample(
+            return Problem(
                 input=_FREQUENT.format(context=" ".join(text)),
                 gen_prefix=_FREQUENT_PREFIX,
                 outputs=tuple(top),

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sparse_patch_eval.models import load_tokenizer
-from sparse_patch_eval.tasks.sample import Draw, Generator, Sample, TooShort, fit
+from sparse_patch_eval.inputs.models import load_tokenizer
+from sparse_patch_eval.tasks.problem import Draw, Generator, Problem, TooShort, fit
 from sparse_patch_eval.tasks.table import GENERATORS, GRID, GRID_WORDINGS
 from sparse_patch_eval.tasks.values import DEPTHS
 
@@ -132,8 +132,8 @@ def _depths(task: str, seed: int, count: int) -> Iterator[float]:
 
 
 def _filled(
-    task: str, generator: Generator, draw: Draw, count: Callable[[Sample], int], limit: int
-) -> Sample:
+    task: str, generator: Generator, draw: Draw, count: Callable[[Problem], int], limit: int
+) -> Problem:
     growth = generator.grow(draw)
     try:
         sample, units = fit(growth, count, limit, slack=draw.length // 512)
@@ -151,13 +151,13 @@ def _filled(
     return sample
 
 
-def _counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sample], int]:
+def _counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Problem], int]:
     # verbose=False: a prompt that is tried may be longer than the model takes.
     return lambda sample: len(tokenizer(sample.context, verbose=False)["input_ids"])
 
 
 def _document(
-    sample: Sample, gold: int, tokenizer: PreTrainedTokenizerBase, length: int, index: int
+    sample: Problem, gold: int, tokenizer: PreTrainedTokenizerBase, length: int, index: int
 ) -> Document:
     candidates = list(sample.wrong)
     candidates.insert(gold, sample.answer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from sparse_patch_eval.tasks.sample import CANDIDATES, Draw, Growth, Sample, Series
+from sparse_patch_eval.tasks.problem import CANDIDATES, Draw, Growth, Problem, Series
 from sparse_patch_eval.tasks.values import distinct, insert
 
 _PROMPT = (
@@ -33,14 +33,14 @@ class KvRetrieval:
         values = Series(distinct("uuids", draw.random("values")))
         key, value = keys.first(1)[0], values.first(1)[0]
 
-        def build(units: int) -> Sample:
+        def build(units: int) -> Problem:
             pairs = [
                 f"{json.dumps(k)}: {json.dumps(v)}"
                 for k, v in zip(keys.first(units + 1), values.first(units + 1), strict=True)
             ]
             cut = int(units * draw.depth)
             text = ",\n ".join(insert(pairs[1:], [cut], pairs[:1]))
-            return Sample(
+            return Problem(
                 input=_PROMPT.format(pairs=text, key=key),
                 gen_prefix="Corresponding value:",
                 outputs=(value,),

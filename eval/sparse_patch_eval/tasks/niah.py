@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sparse_patch_eval.tasks.sample import CANDIDATES, Draw, Growth, Sample, Series, one_replaced
+from sparse_patch_eval.tasks.problem import CANDIDATES, Draw, Growth, Problem, Series, one_replaced
 from sparse_patch_eval.tasks.values import (
     DEPTHS,
     LEAST_WORDS,
@@ -98,8 +98,8 @@ class Niah:
                 lines = [self._statement(key, value) for key, value in pairs][number:]
             return "\n".join(insert(lines, [int(units * depth) for depth in depths], needles))
 
-        def build(units: int) -> Sample:
-            return Sample(
+        def build(units: int) -> Problem:
+            return Problem(
                 input=prompt.format(kind=kind, query=query, context=context(units)),
                 gen_prefix=prefix.format(kind=kind, query=query),
                 outputs=tuple(values.first(asked)),

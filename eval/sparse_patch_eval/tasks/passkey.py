@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from sparse_patch_eval.tasks.sample import CANDIDATES, Draw, Growth, Sample
+from sparse_patch_eval.tasks.problem import CANDIDATES, Draw, Growth, Problem
 from sparse_patch_eval.tasks.values import NOISE, insert
 
 _PROMPT = (
@@ -32,11 +32,11 @@ class Passkey:
         """Draw the key and seven others, which the prompt does not hold."""
         key, *others = map(str, draw.random("values").sample(range(10**4, 10**5), CANDIDATES))
 
-        def build(units: int) -> Sample:
+        def build(units: int) -> Problem:
             filler = list(islice(cycle(_SENTENCES), units))
             cut = round(units * draw.depth)
             text = " ".join(insert(filler, [cut], [_NEEDLE.format(key=key)]))
-            return Sample(
+            return Problem(
                 input=_PROMPT.format(context=text),
                 gen_prefix="The pass key is",
                 outputs=(key,),

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sparse_patch_eval.tasks.sample import CANDIDATES, Draw, Growth, Sample, Series
+from sparse_patch_eval.tasks.problem import CANDIDATES, Draw, Growth, Problem, Series
 from sparse_patch_eval.tasks.values import insert
 from sparse_patch_eval.tasks.world import KINDS, Fact, Mint, Paragraph, paragraph
 
@@ -48,14 +48,14 @@ class Qa:
         # The document with the answer stands at the depth asked for, that before it anywhere.
         depths = [draw.depth, draw.random("depths").random()]
 
-        def build(units: int) -> Sample:
+        def build(units: int) -> Problem:
             around = others.first(units)
             cuts = [int(units * depth) for depth in depths[: self.hops]]
             documents = insert(around, cuts, needed[::-1])
             context = "\n\n".join(
                 f"Document {number}:\n{self._page(one)}" for number, one in enumerate(documents, 1)
             )
-            return Sample(
+            return Problem(
                 input=_PROMPT.format(context=context, query=query),
                 gen_prefix="Answer:",
                 outputs=_spellings(fact, answer),

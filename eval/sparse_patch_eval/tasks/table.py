@@ -7,8 +7,8 @@ from sparse_patch_eval.tasks.counting import CommonWords, FrequentWords
 from sparse_patch_eval.tasks.kv_retrieval import KvRetrieval
 from sparse_patch_eval.tasks.niah import Niah
 from sparse_patch_eval.tasks.passkey import Passkey
+from sparse_patch_eval.tasks.problem import Generator
 from sparse_patch_eval.tasks.qa import Qa
-from sparse_patch_eval.tasks.sample import Generator
 from sparse_patch_eval.tasks.tracing import Tracing
 
 RULER: dict[str, Generator] = {

@@ -12,7 +12,7 @@ import string
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sparse_patch_eval.tasks.sample import Draw, Growth, Sample, Series, one_replaced
+from sparse_patch_eval.tasks.problem import Draw, Growth, Problem, Series, one_replaced
 from sparse_patch_eval.tasks.values import NOISE, insert, letters
 
 _PROMPT = (
@@ -56,8 +56,8 @@ class Tracing:
         )
         wrong = one_replaced(asked.names, asked.names, draw.random("wrong"))
 
-        def build(units: int) -> Sample:
-            return Sample(
+        def build(units: int) -> Problem:
+            return Problem(
                 input=example + asked.question(_text(chains, units)),
                 gen_prefix=asked.prefix,
                 outputs=tuple(asked.names),

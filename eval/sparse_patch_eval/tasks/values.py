@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from sparse_patch_eval.tasks.sample import Draw, Item
-from sparse_patch_eval.text import long_text
+from sparse_patch_eval.inputs.text import long_text
+from sparse_patch_eval.tasks.problem import Draw, Item
 
 ValueType = Literal["words", "numbers", "uuids"]
 

@@ -1,0 +1,1 @@
+"""What knows of no model, task or run: rows, files, pages, statistics, the terminal."""

@@ -1,0 +1,273 @@
+"""`sparse-patch eval` and `sparse-patch tasks`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markdown import Markdown
+from rich.table import Table
+
+from sparse_patch_eval.base.console import console, fail, note, plain, user_errors, visible
+from sparse_patch_eval.base.options import (
+    join_list,
+    leaves_folder,
+    literal,
+    parse_lengths,
+    split_list,
+    split_method,
+)
+from sparse_patch_eval.base.text_file import read_text
+
+_NEEDS = 'lm-eval is missing: pip install "sparse-patch[eval]"'
+
+
+def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the options of a YAML file as defaults: what is written as a flag wins.
+
+    Its paths are meant from the current folder, as those of flags are, and stay in it. Neither a
+    path elsewhere nor `trust_remote_code` is taken from a file: only a flag says such things.
+    """
+    if path is None:
+        return None
+    import yaml
+
+    with user_errors():
+        text = read_text(path, "--config")
+    try:
+        options = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # Beside its own errors: what Python says of a date or a number that is none, a tag without
+        # its value, or lists in lists without end.
+        raise typer.BadParameter(f"{path} is not YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise typer.BadParameter(f"{path} must hold options, as in `model: smollm2`")
+    names = {str(key).replace("-", "_"): value for key, value in options.items()}
+    known = {one.name for one in context.command.params} - {"config"}
+    if unknown := sorted(set(names) - known):
+        raise typer.BadParameter(
+            f"{path}: no such option: {', '.join(unknown)} (there are {', '.join(sorted(known))})"
+        )
+    flags = _as_flags(names)
+    for name, value in flags.items():
+        for one in value if isinstance(value, list) else [value]:
+            _check_from_file(path, name, str(one))
+    context.default_map = {**(context.default_map or {}), **flags}
+    return path
+
+
+def _check_from_file(path: Path, option: str, value: str) -> None:
+    """Refuse what only a flag may say."""
+    flag = f"--{option.replace('_', '-')}"
+    key, _, rest = value.partition("=")
+    if option == "model_arg" and key.strip() == "trust_remote_code" and literal(rest) is not False:
+        raise typer.BadParameter(f"{path}: {flag} {value} must be said on the command line")
+    for word in _paths(option, value):
+        if leaves_folder(word):
+            raise typer.BadParameter(
+                f"{path}: {flag}: {word!r} leads out of the current folder; leave it out and say "
+                f"{flag} on the command line"
+            )
+
+
+def _paths(option: str, value: str) -> list[str]:
+    """What may be a path in the value of an option."""
+    if option == "method":
+        try:
+            params = split_method(value)[1]
+        except ValueError:
+            return []  # said again, with the name of the flag, where it is read
+        return [one for one in params.values() if isinstance(one, str)]
+    if option in ("model_arg", "task_arg"):
+        return [value.partition("=")[2]]
+    if option == "tasks":
+        return [one.removeprefix("perplexity_") for one in split_list(value)]
+    return [value] if option in ("output", "model", "data_dir") else []
+
+
+def _as_flags(options: dict[str, Any]) -> dict[str, Any]:
+    """YAML lists for options that take commas on the command line, and back."""
+    listed = ("method", "model_arg", "task_arg")
+    flags: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in listed:
+            flags[name] = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        elif isinstance(value, list):
+            flags[name] = join_list(map(str, value))
+        else:
+            flags[name] = value if isinstance(value, bool) else str(value)
+    return flags
+
+
+def evaluate(
+    output: Annotated[
+        Path, typer.Option(help="Folder for the runs. Given again, it goes on where it stopped.")
+    ] = Path("runs"),
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder, .gguf file, or `smollm2`, `gemma3-270m` (PyPI).")
+    ] = "smollm2",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`NAME:key=value,...`; may repeat. `dense`, the unpatched model, is always run."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names with commas between (`\\,` is a comma in one); see `sparse-patch tasks`."
+        ),
+    ] = "",
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths in tokens, as in 4096,8192 or 4k,8k.")
+    ] = "",
+    limit: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Samples a task and length; 0 for all (of generated tasks: 500, as RULER)."
+        ),
+    ] = 20,
+    recall_samples: Annotated[
+        int,
+        typer.Option(min=0, help="Samples a task on which recall is measured (a prefill more)."),
+    ] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Chooses the samples of generated tasks.")] = 0,
+    min_length: Annotated[
+        int, typer.Option(min=0, help="Prompts with fewer tokens run exact.")
+    ] = 1024,
+    dense_layers: Annotated[
+        int | None, typer.Option(min=0, help="First layers kept exact; default: the method's own.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Of the sparse op: auto, cpu, triton or reference.")
+    ] = "auto",
+    chat_template: Annotated[
+        bool, typer.Option(help="Put prompts through the tokenizer's chat template.")
+    ] = False,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the data of hub benchmarks; default: the hub itself."),
+    ] = None,
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`key=value` for lm-eval's model: device_map=auto, tp_plan=auto, peft=...; may "
+            "repeat. trust_remote_code=True runs Python code of the model's repository."
+        ),
+    ] = None,
+    task_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`key=value` for generated tasks: haystack=stdlib, depths=5; may repeat."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with these options; flags win over it.",
+            callback=_from_file,
+            is_eager=True,
+        ),
+    ] = None,
+) -> None:
+    """Measure methods against dense on long-context benchmarks.
+
+    Every method sees the same prompts, one after the other; the question is inside the sparse
+    prefill, the answer is decoded from its KV cache. Prints accuracy, the difference to dense with
+    a paired 95 % interval, density, recall and prefill time. Each method's run is a folder below
+    --output: what was answered is written at once, so that a run that was stopped goes on at the
+    next sample and a finished one is not done again. `sparse-patch report` makes a page of it.
+
+    sparse-patch eval --method flexprefill:gamma=0.95 --method strided --tasks ruler --lengths 4k
+
+    Several processes share the samples: accelerate launch -m sparse_patch_eval.cli.app eval ...
+    """
+    with user_errors():
+        try:
+            import lm_eval  # noqa: F401
+        except ImportError as error:
+            raise ImportError(_NEEDS) from error
+        from sparse_patch_eval.lm_eval_model.model import SparsePatchLM
+        from sparse_patch_eval.runs.evaluation import Setup
+        from sparse_patch_eval.runs.evaluation import evaluate as run
+        from sparse_patch_eval.runs.wanted import Wanted, build_units, check_names
+
+        task_args = _pairs("--task-arg", task_arg)
+        wanted = Wanted(
+            tasks=tuple(split_list(tasks)),
+            lengths=tuple(parse_lengths(lengths)) if lengths else (),
+            model=model,
+            limit=limit or None,
+            seed=seed,
+            task_args=task_args,
+            data_dir=data_dir,
+            chat_template=chat_template,
+        )
+        model_args = _pairs("--model-arg", model_arg)
+        settings = {"dtype": dtype, "device": device, "model_args": model_args}
+        # Other prompts under the same names: another run.
+        settings |= {"task_args": task_args} if task_args else {}
+        setup = Setup(
+            model=model,
+            methods=tuple(method or ()),
+            patch_options={
+                "min_length": min_length,
+                "backend": backend,
+                **({} if dense_layers is None else {"dense_layers": dense_layers}),
+            },
+            model_settings=settings,
+            seed=seed,
+            chat_template=chat_template,
+            recall_samples=recall_samples,
+        )
+        setup.parsed()
+        check_names(wanted)
+        lm = SparsePatchLM(pretrained=model, dtype=dtype, device=device, **model_args)
+        folders = run(setup, output, lm, lambda lm: build_units(wanted, lm))
+        if lm.is_writer:
+            _show(folders, output)
+
+
+def _show(folders: list[Path], output: Path) -> None:
+    """The table of these runs, on the terminal and as table.md."""
+    from sparse_patch_eval.report.comparison import comparison_table
+    from sparse_patch_eval.report.text import markdown
+    from sparse_patch_eval.runs.reading import find_runs
+
+    table = markdown(comparison_table(find_runs(folders)))
+    (output / "table.md").write_text(table, encoding="utf-8")
+    console.print(Markdown(visible(table)))
+    note(f"wrote {output / 'table.md'}; a page: sparse-patch report {output}")
+
+
+def _pairs(flag: str, given: list[str] | None) -> dict[str, Any]:
+    """`key=value` options as a dictionary of Python values.
+
+    Raises:
+        ValueError: one has no key or no value.
+    """
+    found = {}
+    for one in given or ():
+        key, equals, value = one.partition("=")
+        if not key or not equals or not value:
+            raise ValueError(f"{flag} {one!r} must be key=value")
+        found[key] = literal(value)
+    return found
+
+
+def list_tasks() -> None:
+    """List what `sparse-patch eval --tasks` takes."""
+    try:
+        from sparse_patch_eval.runs.wanted import described
+    except ImportError:
+        fail(_NEEDS)
+    table = Table(box=None, show_edge=False)
+    for column in ("task", "from", "lengths", "what it is"):
+        table.add_column(column, overflow="fold")
+    for row in described():
+        table.add_row(*map(plain, row))
+    console.print(table)
+    console.print("Any other task of lm-eval works by its name.")

@@ -1,0 +1,1 @@
+"""What goes into a measurement: models and their tokenizers, and long real text."""

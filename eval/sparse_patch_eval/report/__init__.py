@@ -1,0 +1,1 @@
+"""Pages, tables and figures that people read, of runs and of one inspected prompt."""

@@ -1,0 +1,1 @@
+"""Many samples, several methods: what is asked, kept on disk, and read again."""

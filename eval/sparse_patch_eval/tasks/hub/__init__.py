@@ -1,0 +1,1 @@
+"""Benchmarks of the Hugging Face hub, by lm-eval's definitions, with our changes."""

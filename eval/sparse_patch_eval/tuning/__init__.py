@@ -1,0 +1,1 @@
+"""Which method and setting each head runs, from measurements."""
