@@ -1,9 +1,9 @@
 """Methods at equal density: a method's knob, turned until it keeps what a target says.
 
 Methods are compared fairly only where they keep the same share of the causal blocks; their defaults
-keep very different shares. So the knob of each (`sparse_patch.Knob`) is turned until its mean density
-over all layers meets the target. Layers that run exact count as 1: a method that keeps its first
-layers dense pays for them.
+keep very different shares. So the knob of each (`sparse_patch.Knob`) is turned until its mean
+density over all layers meets the target. Layers that run exact count as 1: a method that keeps its
+first layers dense pays for them.
 """
 
 from __future__ import annotations

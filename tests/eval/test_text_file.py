@@ -8,12 +8,11 @@ import re
 import pytest
 import yaml
 from sparse_patch_eval.base import text_file
-from sparse_patch_eval.base.options import join_list, parse_method, split_list
+from sparse_patch_eval.base.options import join_list, parse_method, spec_of, split_list
 from sparse_patch_eval.base.text_file import read_text
 from sparse_patch_eval.cli.app import app
 from sparse_patch_eval.inputs.text import long_text
 from sparse_patch_eval.lm_eval_model.options import read_method
-from sparse_patch_eval.base.options import spec_of
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner

@@ -155,9 +155,7 @@ def candidates(specs: Mapping[str, Mapping[str, Any]], steps: int) -> list[Candi
     for name, fixed in specs.items():
         knob = describe(name).knob
         if knob is None:
-            raise ValueError(
-                f"{name} has no knob that could be tuned (`knob`, see sparse_patch.Method)"
-            )
+            raise ValueError(f"{name} has no knob that could be tuned; see sparse_patch.Knob")
         for step in range(steps):
             params = {**knob.params((step + 1) / (steps + 1)), **fixed}
             found.append(Candidate(name, params))
