@@ -183,7 +183,7 @@ def evaluate(
 
     sparse-patch eval --method flexprefill:gamma=0.95 --method strided --tasks ruler --lengths 4k
 
-    Several processes share the samples: accelerate launch -m sparse_patch_eval.cli.app eval ...
+    Several processes share the samples: accelerate launch -m sparse_patch_eval.cli eval ...
     """
     with user_errors():
         try:

@@ -1,7 +1,8 @@
 """What `--tasks` takes, and the units that it means.
 
 Three kinds: our own tasks, made offline (`tasks`); perplexity, which lm-eval cannot pair with dense
-(`text_unit`); and the benchmarks of the hub (`hub`). Any other task of lm-eval works by its name.
+(`text_unit`); and the benchmarks of the hub (`tasks.hub`). Any other task of lm-eval works by
+its name.
 """
 
 from __future__ import annotations

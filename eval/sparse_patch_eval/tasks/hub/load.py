@@ -40,7 +40,7 @@ def load_task(
     Args:
         benchmark: an entry of `HUB` that has the task.
         task: lm-eval's name of it.
-        data_dir, metadata: as for `hub.load_tasks`; lengths are checked already.
+        data_dir, metadata: as for `benchmarks.load_tasks`; lengths are checked already.
 
     Raises:
         FetchError: data cannot be had or read.

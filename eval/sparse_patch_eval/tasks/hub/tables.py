@@ -1,4 +1,4 @@
-"""Which benchmarks `hub` knows, and what each of their tasks needs."""
+"""Which benchmarks of the hub we know, and what each of their tasks needs."""
 
 from __future__ import annotations
 
