@@ -13,8 +13,7 @@ from .profiles import Profile
 from .registry import Knob, Method, MethodInfo, describe, get_method, list_methods, param, register
 from .reporting import LayerReport, Report
 from .routing import SparsePatchWarning
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "BackendUnavailable",
@@ -31,6 +30,7 @@ __all__ = [
     "Report",
     "RunList",
     "SparsePatchWarning",
+    "__version__",
     "describe",
     "get_method",
     "inspect",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from torch import nn
@@ -22,11 +22,15 @@ from .attention import STATE
 from .layer import LayerState
 from .routing import SparsePatchWarning
 
-if TYPE_CHECKING:
-    from .patching import Patch
-
 NAME = "sparse_patch"
 _BOOK = "_sparse_patch_book"
+
+
+class Held(Protocol):
+    """What a `patching.Patch` is to its book: states of layers, and what configs said before."""
+
+    _states: list[tuple[nn.Module, LayerState]]
+    _names: list[tuple[PreTrainedConfig, str | None]]
 
 
 @dataclass(eq=False)
@@ -41,7 +45,7 @@ class Book:
     """
 
     modules: list[nn.Module]
-    patches: list[Patch] = field(default_factory=list)
+    patches: list[Any] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
 
     def states(self) -> list[LayerState]:
@@ -82,14 +86,14 @@ class _Name:
     """`before`: what a config said before the first of the patches that hold it."""
 
     before: str | None
-    holders: WeakSet[Patch] = field(default_factory=WeakSet)
+    holders: WeakSet[Held] = field(default_factory=WeakSet)
 
 
 _names: MutableMapping[PreTrainedConfig, _Name] = WeakIdKeyDictionary()
 _told: MutableMapping[PreTrainedConfig, bool] = WeakIdKeyDictionary()
 
 
-def hold_names(patch: Patch, configs: Iterable[PreTrainedConfig]) -> list[tuple[Any, str | None]]:
+def hold_names(patch: Held, configs: Iterable[PreTrainedConfig]) -> list[tuple[Any, str | None]]:
     """Let configs name our attention; returns them with what they said before."""
     held = []
     for config in configs:
@@ -104,13 +108,13 @@ def hold_names(patch: Patch, configs: Iterable[PreTrainedConfig]) -> list[tuple[
     return held
 
 
-def hold_copied_names(patch: Patch, names: Iterable[tuple[Any, str | None]]) -> None:
+def hold_copied_names(patch: Held, names: Iterable[tuple[Any, str | None]]) -> None:
     """The same for a copy of a patch, whose configs are copies that name us already."""
     for config, before in names:
         _names.setdefault(config, _Name(before)).holders.add(patch)
 
 
-def release_names(patch: Patch, configs: Iterable[PreTrainedConfig]) -> None:
+def release_names(patch: Held, configs: Iterable[PreTrainedConfig]) -> None:
     """Give names back that no other patch needs and that are still ours."""
     for config in configs:
         name = _names[config]

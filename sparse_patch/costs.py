@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .strict_json import read_json
+from .version import __version__
 
 # Query rows of a block of the plan that keeps all.
 _BLOCK = 128
@@ -273,8 +274,6 @@ def _of_this_machine(dtype: torch.dtype, threads: int) -> CostModel:
 
 
 def _machine(dtype: torch.dtype, threads: int) -> dict[str, Any]:
-    from . import __version__
-
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
