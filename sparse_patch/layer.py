@@ -196,7 +196,7 @@ def _attend_batch(
                 state.record(Run(reason))
             state = None
     batch, _, q_len, _ = q.shape
-    if state is None and (mask is None or mask.ndim == 4 or q_len == 1):
+    if state is None and (mask is None or mask.ndim == 4 or q_len == 1 or batch == 0):
         if mask is not None and mask.ndim == 2:
             mask = visible_to_last(mask)  # all rows at once
         return call.attend(q, k, v, mask).transpose(1, 2).contiguous()

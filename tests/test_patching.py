@@ -279,8 +279,30 @@ def test_an_empty_batch_is_exact_and_counted(llama):
     module = llama.model.layers[0].self_attn
     q, kv = torch.randn(0, 4, 200, 16), torch.randn(0, 2, 200, 16)
     with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
-        assert attention_function(module, q, kv, kv, None)[0].shape == (0, 200, 4, 16)
-    assert handle.report().exact == {"empty batch": 1}
+        for mask in (None, torch.ones(0, 200).bool()):
+            assert attention_function(module, q, kv, kv, mask)[0].shape == (0, 200, 4, 16)
+    assert handle.report().exact == {"empty batch": 2}
+
+
+def test_where_no_backend_runs_it_is_exact_and_tried_once(llama, monkeypatch):
+    tried = []
+
+    def unavailable(*_, **__):
+        tried.append(1)
+        raise BackendUnavailable("no compiler, no Triton")
+
+    want = logits(llama, tokens())
+    monkeypatch.setattr(layer, "block_sparse_attention", unavailable)
+    with sparse_patch.patch(llama, "flexprefill", **FLEX) as handle:
+        with pytest.warns(SparsePatchWarning, match="no sparse backend runs on this device"):
+            got = [logits(llama, tokens()) for _ in range(2)]
+    for one in got:
+        torch.testing.assert_close(one, want, atol=1e-4, rtol=0)
+    assert handle.report().exact == {"no backend": 8}
+    assert len(tried) == 1
+    with sparse_patch.patch(llama, "flexprefill", backend="cpu", **FLEX):
+        with pytest.raises(BackendUnavailable):
+            logits(llama, tokens())
 
 
 # --- chunks, turns, caches -----------------------------------------------------------------------
