@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from sparse_patch_kernels import BlockPlan, block_sparse_attention
-from sparse_patch_kernels.cpu.compile import cache_folder, only_ours, private_folder
+from sparse_patch_kernels.cpu.building import cache_folder, only_ours, private_folder
 from sparse_patch_kernels.cpu.native import compiled
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_patch_kernels import BlockPlan, RunList, block_sparse_attention
-from sparse_patch_kernels.cpu import compile, native
+from sparse_patch_kernels.cpu import building, native
 
 from tests.kernels.test_backends import SHAPES, assert_same, inputs, variants
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, compile._COMPILERS)), reason="no C++ compiler on PATH"
+    not any(map(shutil.which, building._COMPILERS)), reason="no C++ compiler on PATH"
 )
 
 
@@ -107,9 +107,9 @@ def check_all_variants():
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "native"])
 def test_builds_for_older_cpus_are_right_too(fresh, monkeypatch, cpu):
     """SSE2, AVX2, and whatever is here: other vectors, and bfloat16 widened."""
-    if cpu != "native" and compile.platform.machine() != "x86_64":
+    if cpu != "native" and building.platform.machine() != "x86_64":
         pytest.skip("flags of another architecture")
-    monkeypatch.setattr(compile, "_NATIVE", (f"-march={cpu}",))
+    monkeypatch.setattr(building, "_NATIVE", (f"-march={cpu}",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native._kernel() is not None
@@ -119,7 +119,7 @@ def test_builds_for_older_cpus_are_right_too(fresh, monkeypatch, cpu):
 
 @needs_compiler
 def test_nothing_is_read_that_was_not_written(fresh, monkeypatch):
-    monkeypatch.setattr(compile, "_FLAGS", (*compile._FLAGS, "-DPOISON"))
+    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-DPOISON"))
     check_all_variants()
     check_sliced()
 
@@ -129,22 +129,22 @@ def test_it_is_compiled_once(fresh, monkeypatch):
     want = attend()
     (library,) = fresh.iterdir()
     native._kernel.cache_clear()
-    monkeypatch.setattr(compile, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert compile.build("attention") == library
+    monkeypatch.setattr(building, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert building.build("attention") == library
     assert_same(attend(), want, 0)
 
 
 @needs_compiler
 def test_other_source_flags_or_compiler_make_another_library(fresh, monkeypatch, tmp_path):
-    names = {compile.build("attention").name}
-    monkeypatch.setattr(compile, "_FLAGS", (*compile._FLAGS, "-DNDEBUG"))
-    names.add(compile.build("attention").name)
+    names = {building.build("attention").name}
+    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-DNDEBUG"))
+    names.add(building.build("attention").name)
     for changed in ("attention.cpp", "common.h"):
-        copy = shutil.copytree(compile.SOURCES, tmp_path / changed)
+        copy = shutil.copytree(building.SOURCES, tmp_path / changed)
         with (copy / changed).open("a") as source:
             source.write("\n// changed\n")
-        monkeypatch.setattr(compile, "SOURCES", copy)
-        names.add(compile.build("attention").name)
+        monkeypatch.setattr(building, "SOURCES", copy)
+        names.add(building.build("attention").name)
     assert len(names) == 4
 
 
@@ -181,7 +181,7 @@ def give_away(path, monkeypatch):
 def test_the_cache_is_private_whatever_the_umask(fresh):
     before = os.umask(0)
     try:
-        library = compile.build("attention")
+        library = building.build("attention")
     finally:
         os.umask(before)
     assert library.parent.stat().st_mode & 0o777 == 0o700
@@ -192,7 +192,7 @@ def test_the_cache_is_private_whatever_the_umask(fresh):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
 @pytest.mark.parametrize("mode", [0o720, 0o702])
 def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, mode):
-    library = compile.build("attention")
+    library = building.build("attention")
     library.write_bytes(b"planted")
     library.chmod(mode)
     fresh.chmod(0o777)
@@ -205,7 +205,7 @@ def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, mod
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt" or not is_root(), reason="only root can give a file away")
 def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh):
-    library = compile.build("attention")
+    library = building.build("attention")
     library.write_bytes(b"planted")
     os.chown(library, 12345, 12345)
     assert attend() is not None
@@ -216,10 +216,10 @@ def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh):
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
 def test_a_cache_folder_of_another_user_is_not_used(fresh, monkeypatch):
-    compile.build("attention")
+    building.build("attention")
     give_away(fresh, monkeypatch)
     with pytest.raises(PermissionError, match=r"kernels is another user's.*SPARSE_PATCH_CACHE"):
-        compile.build("attention")
+        building.build("attention")
     with pytest.warns(UserWarning, match="another user's"):
         assert attend() is None
 
@@ -234,7 +234,7 @@ def test_without_a_compiler_pytorch_does_the_work_and_says_so_once(
     if compiler:
         monkeypatch.setenv("CXX", compiler)
     else:
-        monkeypatch.setattr(compile.shutil, "which", lambda _: None)
+        monkeypatch.setattr(building.shutil, "which", lambda _: None)
         monkeypatch.delenv("CXX", raising=False)
     q, k, v = inputs(SHAPES[0])
     plan = variants(SHAPES[0])["blocks"]
@@ -281,7 +281,7 @@ def test_a_scale_that_is_not_positive_is_pytorch_s(scale):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", compile.DTYPES)
+@pytest.mark.parametrize("dtype", building.DTYPES)
 @pytest.mark.parametrize(("dim", "v_dim"), [(17, 15), (1, 3), (15, 33), (31, 31)])
 def test_odd_head_dimensions(dim, v_dim, dtype):
     shape = (4, 2, 50, 70, dim, v_dim, 16, 16)
@@ -326,7 +326,7 @@ def test_lists_changed_behind_the_plan_s_back_reach_no_other_memory():
 @needs_compiler
 def test_the_kernel_in_use_has_a_name(monkeypatch):
     native.compiled.cache_clear()
-    assert native.compiled() == compile.build("attention").name
+    assert native.compiled() == building.build("attention").name
     monkeypatch.setattr(native, "_kernel", lambda: None)
     assert native.compiled() is not None  # asked once a process
     native.compiled.cache_clear()

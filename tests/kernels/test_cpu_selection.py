@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from sparse_patch_kernels import dispatch
-from sparse_patch_kernels.cpu import compile, selection
+from sparse_patch_kernels.cpu import building, selection
 from sparse_patch_kernels.estimators.chunk_scan import native as chunk_scan
 from sparse_patch_kernels.estimators.chunk_scan import scan_chunks
 from sparse_patch_kernels.estimators.token_scores import native as token_scores
@@ -20,9 +20,9 @@ from tests.kernels.structured import laid_out, scattered, sequence
 from tests.methods.examples import SPARSE
 
 pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, compile._COMPILERS)), reason="no C++ compiler on PATH"
+    not any(map(shutil.which, building._COMPILERS)), reason="no C++ compiler on PATH"
 )
-DTYPES = compile.DTYPES
+DTYPES = building.DTYPES
 SMALL = {"block_q": 16, "block_k": 4, "mask_k": 32, "sink": 4, "window": 16}
 TREES = [
     {},
@@ -184,13 +184,13 @@ def test_threads_change_nothing(monkeypatch):
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
 def test_builds_for_older_cpus_are_right_too(monkeypatch, tmp_path, cpu):
     """SSE2 and AVX2: other vectors, and bfloat16 widened."""
-    if compile.platform.machine() != "x86_64":
+    if building.platform.machine() != "x86_64":
         pytest.skip("flags of another architecture")
     monkeypatch.setenv("SPARSE_PATCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(compile, "_NATIVE", (f"-march={cpu}",))
+    monkeypatch.setattr(building, "_NATIVE", (f"-march={cpu}",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        library = compile.load("selection")
+        library = building.load("selection")
     assert library is not None
     monkeypatch.setattr(selection, "_library", lambda: library)
     for dtype in DTYPES:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..plan import BlockPlan
-from .compile import DTYPES
+from .building import DTYPES
 from .fused import attend_blocks, fused, join, pad_to
 from .general import attend_any
 from .native import attend

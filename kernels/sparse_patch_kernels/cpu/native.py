@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..plan import BlockPlan
-from .compile import build, load
+from .building import build, load
 
 
 class _Runs(Structure):

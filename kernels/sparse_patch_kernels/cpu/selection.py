@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compile import DTYPES, load
+from .building import DTYPES, load
 
 
 def fields(*names: str) -> list[tuple[str, Any]]:
