@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import PreTrainedModel
 
-from .attention import STATE
+from .attention import STATE, refuse_tracing
 from .book import Book, book_of, is_ours
 from .layer import LayerState
 from .masks import PACKING, starts_of
@@ -65,6 +66,7 @@ def hook_steps(module: nn.Module) -> list[Any]:
 
 
 def _before(decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+    refuse_tracing()
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions=True: a patched model has no attention weights to return (sparse "
@@ -138,7 +140,7 @@ def _packed_starts(given: dict[str, Any]) -> Tensor | None:
     begins = _begins(given)
     if begins is None:
         return None
-    cache = given.get("past_key_values")
+    cache = _cache_in(given.values())
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
             "sparse_patch: packed sequences (cu_seq_lens_q, seq_idx, or position_ids that start "
@@ -197,11 +199,15 @@ def _step_ends(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
 
 def _cached_keys(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """The keys that the cache of this call holds for this layer, where it only ever appends."""
-    given = (*args, *kwargs.values())
-    cache = next((one for one in given if isinstance(one, Cache)), None)
+    cache = _cache_in((*args, *kwargs.values()))
     layer = getattr(module, "layer_idx", None)
     if cache is None or type(layer) is not int or not 0 <= layer < len(cache.layers):
         return None
     held = cache.layers[layer]
     keys = held.keys if type(held) is DynamicLayer else None
     return keys if isinstance(keys, Tensor) else None
+
+
+def _cache_in(arguments: Iterable[Any]) -> Cache | None:
+    """Found by what it is: its argument is `past_key_values`, from Transformers 5.24 on `cache`."""
+    return next((one for one in arguments if isinstance(one, Cache)), None)

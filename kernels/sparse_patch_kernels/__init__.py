@@ -146,9 +146,9 @@ def block_sparse_attention(
         BackendUnavailable: see `choose_backend`.
     """
     _check_inputs(q, k, v, plan, softcap, sinks)
+    backend = choose_backend(backend, q.device)
     plan = plan.fit(q.shape[1], k.shape[1])
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else scale
-    backend = choose_backend(backend, q.device)
     if torch.compiler.is_compiling():
         out, lse = attention_op(q, k, v, plan, scale, backend, softcap, sinks)
     else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers import Cache
 
 from sparse_patch import LayerReport, Patch, Report
 from sparse_patch_eval.ask.density import overall_density
@@ -135,7 +136,8 @@ class Tally:
             hook.remove()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        # By what it is: the argument is `past_key_values`, from Transformers 5.24 on `cache`.
+        cache = next((given for given in kwargs.values() if isinstance(given, Cache)), None)
         begins = cache is None or cache.get_seq_length() == 0
         self._before = self._patch.report() if begins and self._counting else None
 
