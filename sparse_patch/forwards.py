@@ -174,11 +174,14 @@ def _begins(given: dict[str, Any]) -> Tensor | None:
     elif isinstance(positions, Tensor) and positions.shape[1:] == (length,):
         begins = positions.eq(0)
         begins[:, 0] = False
+        if mask is not None and bool(begins.any()):
+            # Padding has any position, and the first token of a padded row is at 0.
+            real = mask.ne(0).to(begins.device)
+            later = real & (real.cumsum(1) > 1)
+            begins = begins & later[:, -length:] if later.shape[1] >= length else begins
     else:
         return None
-    if not bool(begins.any()) or not (mask is None or bool((mask != 0).all())):
-        return None  # of padded rows, positions begin anew wherever they like
-    return begins.cpu()
+    return begins.cpu() if bool(begins.any()) else None
 
 
 def _is_padding(mask: Any) -> bool:

@@ -208,10 +208,12 @@ def _window(places: Tensor, sliding_window: int) -> _Bound:
     return _Bound(places - sliding_window + 1, False)
 
 
-def _chunk(places: Tensor, chunk_size: int, left_padding: Tensor) -> _Bound:
+def _chunk(places: Tensor, chunk_size: int, left_padding: Tensor) -> _Bound | None:
     if int(places.max()) < chunk_size:
         return _Bound(torch.zeros_like(places), False)
     before = left_padding.cpu()[:, None]
+    if PACKING.starts is not None and bool(before.any()):
+        return None  # only the first of a row's sequences has padding before it
     return _Bound((places - before) // chunk_size * chunk_size + before, False)
 
 

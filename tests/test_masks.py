@@ -256,6 +256,30 @@ def test_packed_sequences_do_not_see_one_another(family, how, use_cache):
     assert set(handle.report().exact) <= {"decode", "sliding window"}
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral_swa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("how", ["positions", "seq_idx"])
+def test_packed_sequences_with_padding_do_not_see_one_another(family, side, how):
+    model, ids, pads = tiny_model(family), tokens(90), 13
+    want = apart(model, ids, ENDS)
+    given = packing(ENDS, how) | {"attention_mask": torch.ones(1, 90).long()}
+    pad = (pads, 0) if side == "left" else (0, pads)
+    padded = {name: torch.nn.functional.pad(x, pad) for name, x in given.items()}
+    with sparse_patch.patch(model, "dense", **KEEP):
+        got = logits(model, torch.nn.functional.pad(ids, pad), **padded)
+    real = padded["attention_mask"].bool()
+    assert (got[real] - want[0]).abs().max() <= 5e-6
+
+
+def test_chunks_packing_and_padding_before_it_are_an_error():
+    model, ids = tiny_model("llama4_text"), tokens(103)
+    given = packing(ENDS, "positions") | {"attention_mask": torch.ones(1, 90).long()}
+    padded = {name: torch.nn.functional.pad(x, (13, 0)) for name, x in given.items()}
+    with sparse_patch.patch(model, "dense", **KEEP):
+        with pytest.raises(ValueError, match="does not go together with packed"):
+            logits(model, ids, **padded)
+
+
 def test_each_packed_sequence_is_sparse_as_it_would_be_alone():
     model, ids = tiny_model("llama"), tokens(90)
     with sparse_patch.patch(model, "a_shape", sink=1, window=9, min_length=0) as handle:
