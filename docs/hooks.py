@@ -30,7 +30,6 @@ from mkdocs.structure.pages import Page
 from sparse_patch_eval.cli.app import app
 
 import sparse_patch
-from sparse_patch.routing import REASONS
 
 ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"^<!-- ([a-z]+)(?:: (\w+))? -->$", re.MULTILINE)
@@ -132,10 +131,10 @@ def scripts(_: str) -> str:
 
 
 def exact(kind: str) -> str:
-    rows = [(f"`{name}`", text) for name, text in REASONS.items() if text is not None]
+    rows = [(f"`{name}`", text) for name, text in sparse_patch.REASONS.items() if text is not None]
     if kind == "warned":
         return table(("reason", "what the warning says"), rows)
-    return ", ".join(f"`{name}`" for name, text in REASONS.items() if text is None)
+    return ", ".join(f"`{name}`" for name, text in sparse_patch.REASONS.items() if text is None)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -40,8 +40,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
 from sparse_patch import BlockPlan
+from sparse_patch.block_scorer import BlockGrid
 from sparse_patch.methods.strided import Strided
-from sparse_patch.selection import BlockGrid
 
 BLOCK = 64
 # Where in each text, as a share of it, a prompt begins. None overlap at the lengths used.

@@ -2,6 +2,13 @@
 
 import sparse_patch
 sparse_patch.patch(model, "flexprefill", gamma=0.9)   # and sparse_patch.unpatch(model)
+
+Public beside the names here is what these modules list in `__all__` or register, and no more:
+
+    methods.*     the class of a method
+    block_scorer  the base of methods that give blocks a score
+    profiles      what a profile is made of
+    strict_json   files of unknown origin, read as data
 """
 
 from sparse_patch_kernels import BackendUnavailable, BlockPlan, RunList
@@ -10,14 +17,27 @@ from .diagnostics import recall
 from .inspection import HeadView, Inspection, LayerView, inspect
 from .patching import Patch, patch, report, unpatch
 from .profiles import Profile
-from .registry import Knob, Method, MethodInfo, describe, get_method, list_methods, param, register
+from .registry import (
+    Examples,
+    Knob,
+    Method,
+    MethodInfo,
+    check_sequence,
+    describe,
+    get_method,
+    list_methods,
+    param,
+    register,
+)
 from .reporting import LayerReport, Report
-from .routing import SparsePatchWarning
+from .routing import REASONS, SparsePatchWarning
 from .version import __version__
 
 __all__ = [
+    "REASONS",
     "BackendUnavailable",
     "BlockPlan",
+    "Examples",
     "HeadView",
     "Inspection",
     "Knob",
@@ -31,6 +51,7 @@ __all__ = [
     "RunList",
     "SparsePatchWarning",
     "__version__",
+    "check_sequence",
     "describe",
     "get_method",
     "inspect",

@@ -40,6 +40,8 @@ from .held_out import ranking_loss
 from .registry import Method, check_sequence, param
 from .selection import BlockGrid, to_query_grid
 
+__all__ = ["POLICIES", "BlockGrid", "BlockScorer"]
+
 # The sample of rows on which a ranking is tested.
 HELD_OUT_STRIDE = 16
 
@@ -53,6 +55,7 @@ _READS: Mapping[str, set[str]] = {
     "global": {"keep"},
 }
 POLICIES = tuple(_READS)
+"""What `select=` may be."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,10 @@ class BlockScorer(Method):
         """Log of the estimated attention mass of each block pair, up to a constant per row.
 
         Args:
-            q, k, scale, q_offset: as for `plan`.
+            q: `[heads, q_len, dim]`, as for `Method.plan`.
+            k: `[kv_heads, kv_len, dim]`, as there.
+            scale: as there.
+            q_offset: as there.
 
         Returns:
             float32 `[lists, rows, blocks]`. `lists` divides the heads: one a head, a KV group, or

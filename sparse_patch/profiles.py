@@ -26,9 +26,11 @@ from typing import Any
 from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
-from .mixing import Part, merged
+from .mixing import Part, common_form, merged
 from .registry import Method, check_sequence, get_method, method_class
 from .strict_json import read_json
+
+__all__ = ["Profile", "Share", "common_form", "shape_of"]
 
 FORMAT = "sparse-patch profile 1"
 _KEYS = ("format", "model", "layers", "made")

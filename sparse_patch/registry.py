@@ -107,8 +107,8 @@ def param(
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
-# Parameters by what they show: see `Method`.
 Examples = Mapping[str, Mapping[str, Any]]
+"""Parameters by what they show: see `Method`."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ from .budget import Bill, Budget
 from .call import Call
 from .registry import Method
 
-# Reasons for an exact call -> what a user should know, where it is not simply as it should be.
-# The texts are shown once per patch; a reason without one is routine and only counted.
 REASONS: dict[str, str | None] = {
     "decode": None,
     "layer kept dense": None,
@@ -41,6 +39,10 @@ REASONS: dict[str, str | None] = {
         "no sparse backend runs on this device; on a GPU, Linux, pip install 'sparse-patch[triton]'"
     ),
 }
+"""Why a call runs exact, as reports count it, and what a user should know of it.
+
+A text is shown once per patch; a reason with None is routine and only counted.
+"""
 
 
 class SparsePatchWarning(UserWarning):

@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+__all__ = ["decode_text", "parse_json", "read_json"]
+
 MOST_BYTES = 64 << 20
 # The longer marks come first: that of UTF-32 begins like that of UTF-16.
 _MARKS = {

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import sparse_patch_kernels
 import torch
 
 import sparse_patch
-from sparse_patch import registry
+from sparse_patch import block_scorer, profiles, registry, strict_json
 from tests.zoo import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +106,17 @@ def headings_of(page):
 
 def test_the_readme_is_the_first_page_of_the_site():
     assert (DOCS / "index.md").read_text() == "<!-- readme -->\n"
+
+
+# --- the API -------------------------------------------------------------------------------------
+
+
+def test_the_api_page_has_every_public_name():
+    shown = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.M)
+    parts = [sparse_patch, sparse_patch_kernels, block_scorer, profiles, strict_json]
+    public = {name for part in parts for name in part.__all__} - {"__version__", "BACKENDS"}
+    assert {name.rpartition(".")[2] for name in shown} == public
+    assert len(shown) == len(set(shown))
 
 
 # --- methods -------------------------------------------------------------------------------------

@@ -1,4 +1,17 @@
-"""One block-sparse attention op, several backends: what to attend comes in as a `BlockPlan`."""
+"""One block-sparse attention op, several backends: what to attend comes in as a `BlockPlan`.
+
+Public beside the names here is what these modules list in `__all__`, and no more:
+
+    estimators           how large what they make at a time may be
+    estimators.*         what methods tell the worth of keys by
+    estimators.*.kernel  the same in Triton, for those who check kernels
+    dispatch             what runs as a kernel, and where
+    reference            the op as it is defined
+    triton.forward       the op in Triton
+    triton.launch        the door of every kernel: what is launched, and with which configuration
+    cpu.native           the op in C++
+    cpu.building         building a C++ library, and whose files may be loaded
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+__all__ = ["KERNELS", "has_kernel", "has_native", "triton_installed", "uses_triton"]
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Device types that Triton has kernels for; AMD cards call themselves "cuda" too.

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .plan import BlockPlan
 
+__all__ = ["block_sparse_attention"]
+
 
 def block_sparse_attention(
     q: Tensor,

@@ -21,7 +21,6 @@ from gpu_checks.parity import name_of
 from gpu_checks.scale import Scale
 from gpu_checks.stage import Stage, Work
 from sparse_patch.methods.hip import Hip
-from sparse_patch.methods.proxyattn import proxy_heads
 
 # Kernel and plain function multiply the same numbers and add in float32, in another order; so
 # logits of up to 64 differ by a few 2^-18, and probabilities by as much of themselves. Mass below
@@ -114,7 +113,8 @@ class Maker:
 def as_methods_call(stage: Stage, q: Tensor, k: Tensor) -> dict[str, Call]:
     """Arguments and options of each estimator, as methods call it at the stage's parameters."""
     scale, block, methods = q.shape[2] ** -0.5, stage.scale.block, stage.scale.methods
-    probe, proxies = q[:, -block:], (proxy_heads(q, len(k)), proxy_heads(k, len(k)))
+    # `proxyattn` scores the mean head of each KV group.
+    probe, proxies = q[:, -block:], (q.unflatten(0, (len(k), -1)).mean(1), k)
     runs = inputs.plan_of_density(stage.device, len(q), q.shape[1], block, 0.25).runs[0]
     tree = Hip(**methods["hip"]).tree
     return {

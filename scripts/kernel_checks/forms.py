@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sparse_patch_kernels.plan import BlockPlan
-from sparse_patch_kernels.runs import RunList
+from sparse_patch_kernels import BlockPlan, RunList
 
 from kernel_checks.case import HEADS, KV_HEADS, TOKENS, empty
 

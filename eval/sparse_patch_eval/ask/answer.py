@@ -23,6 +23,8 @@ import sparse_patch
 from sparse_patch import Method
 from sparse_patch_eval.ask.prefill import Prefill, prefill
 
+__all__ = ["Answer", "Generation", "answer", "likelihood"]
+
 # Tokens of an answer that are scored in one forward: less than `min_queries` of a patch, so that
 # they attend exactly.
 _FEW = 32

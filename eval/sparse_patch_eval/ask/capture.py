@@ -17,6 +17,8 @@ from transformers import Cache, PreTrainedModel
 import sparse_patch
 from sparse_patch import Method
 
+__all__ = ["Attention", "capture"]
+
 
 @dataclass(frozen=True, eq=False)
 class Attention:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from sparse_patch import Report
 
+__all__ = ["exact_share", "mean_density", "overall_density", "whole_density"]
+
 
 def overall_density(kept: float, sparse: int, exact: int) -> float | None:
     """Mean over sparse calls, whose densities sum to `kept`, and exact ones; None of no calls."""

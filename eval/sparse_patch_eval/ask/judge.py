@@ -13,6 +13,8 @@ import sparse_patch
 from sparse_patch import BlockPlan, Method
 from sparse_patch_eval.ask.capture import Attention
 
+__all__ = ["Judged", "dense_output", "judge", "output_error", "plan_of", "sampled_blocks"]
+
 
 def plan_of(method: Method, layer: int, attention: Attention) -> BlockPlan | None:
     """The plan for a layer of a whole prompt; None where patch would run exact attention."""

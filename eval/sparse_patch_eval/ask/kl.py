@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["kl_divergence", "kl_rows"]
+
 # Positions whose distributions are compared at a time: a vocabulary is wide.
 _CHUNK = 128
 

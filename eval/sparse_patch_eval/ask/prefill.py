@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+__all__ = ["Prefill", "prefill"]
+
 
 @dataclass(frozen=True)
 class Prefill:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from sparse_patch_eval.ask.capture import Attention
 
+__all__ = ["block_mass", "probabilities"]
+
 
 def probabilities(q: Tensor, k: Tensor, rows: Tensor, *, scale: float) -> Tensor:
     """Causal attention of query rows `rows [n]`, ascending: float32 `[heads, n, keys]`.

@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+__all__ = ["console", "fail", "note", "progress", "user_errors"]
+
 # Control characters but line feed and tab; marks of direction, which let a text look like another
 # one; halves of pairs.
 _ACTING = re.compile(

@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+__all__ = ["FetchError", "PackageFile", "package_file"]
+
 _STDERR = 2  # file descriptor: pip's progress belongs beside the messages, not into our output
 
 

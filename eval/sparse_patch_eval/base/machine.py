@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["machine"]
+
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on, and with: JSON-ready."""

@@ -11,6 +11,17 @@ from transformers import PreTrainedModel
 
 from sparse_patch import Method, get_method
 
+__all__ = [
+    "choose_layers",
+    "parse_layers",
+    "parse_length",
+    "parse_lengths",
+    "parse_method",
+    "spec_of",
+    "split_list",
+    "split_method",
+]
+
 _COMMA = re.compile(r"(?<!\\),")
 # A comma that is not inside brackets either: `pbs:tau=(0.9,0.8),segment=256`.
 _BARE_COMMA = re.compile(_COMMA.pattern + r"(?![^()\[\]]*[)\]])")

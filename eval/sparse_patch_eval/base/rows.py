@@ -10,6 +10,8 @@ from typing import Any
 from sparse_patch.strict_json import parse_json
 from sparse_patch_eval.base.machine import machine
 
+__all__ = ["Row", "RowFile", "describe_machines", "read_rows"]
+
 Row = dict[str, Any]
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+__all__ = ["Estimate", "bootstrap", "bootstrap_groups"]
+
 DRAWS = 10_000
 
 

@@ -18,6 +18,8 @@ from sparse_patch_eval.cli.inspect import inspect
 from sparse_patch_eval.cli.report import report
 from sparse_patch_eval.cli.tune import tune
 
+__all__ = ["app"]
+
 app = typer.Typer(
     help="Training-free sparse attention for the prefill of Hugging Face models.",
     no_args_is_help=True,

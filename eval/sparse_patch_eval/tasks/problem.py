@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
+__all__ = ["CANDIDATES"]
+
 CANDIDATES = 8
 """Answers that the likelihood score chooses from: the right one and seven others."""
 

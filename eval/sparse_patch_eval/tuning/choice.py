@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from sparse_patch import BlockPlan, Method, Profile, describe, get_method
-from sparse_patch.mixing import common_form
-from sparse_patch.profiles import Share
+from sparse_patch.profiles import Share, common_form
 from sparse_patch_eval.ask.capture import Attention
 from sparse_patch_eval.ask.judge import plan_of
 from sparse_patch_eval.ask.true_attention import block_mass

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+__all__ = ["build", "cache_folder", "load", "only_ours", "private_folder"]
+
 SOURCES = Path(__file__).parent / "src"
 DTYPES = (torch.float32, torch.bfloat16)  # that the sources are written for
 _COMPILERS = ("c++", "g++", "clang++")

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..plan import BlockPlan
 from .building import build, load
 
+__all__ = ["attend", "compiled"]
+
 
 class _Runs(Structure):
     """As in attention.cpp."""

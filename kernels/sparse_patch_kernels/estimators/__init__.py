@@ -9,6 +9,8 @@ Shapes: q `[heads, q_len, dim]`, k `[kv_heads, kv_len, dim]`, block masks
 `[heads, q_blocks, k_blocks]`. Blocks are counted from position 0.
 """
 
+__all__ = ["TILE_ELEMENTS"]
+
 # Most elements of what is pooled or reduced as it is made, at a time (16 MiB in float32): small
 # tiles stay in the caches.
 TILE_ELEMENTS = 1 << 22

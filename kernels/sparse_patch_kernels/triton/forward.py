@@ -26,6 +26,8 @@ from .launch import Chip, chip_of, launch
 from .layout import KeyList, Tiling, block_table, check_form, key_lists, schedule
 from .tiles import split_dim
 
+__all__ = ["attend_packed", "block_sparse_attention"]
+
 LOG2E = math.log2(math.e)
 # Offsets from here on take 64 bits; 32 take half the registers.
 FAR = 2**31

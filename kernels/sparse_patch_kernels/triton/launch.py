@@ -22,6 +22,8 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+__all__ = ["INTERPRETED", "Chip", "Launch", "chip_of", "forcing", "launch", "recording", "watching"]
+
 # Read where the kernels are decorated: Triton decides there too, once per process.
 INTERPRETED: bool = knobs.runtime.interpret
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ...triton.launch import launch
 
+__all__ = ["compact"]
+
 # A row of a mask is some hundred to some thousand entries, 4 bytes each to write: nothing to tune.
 _CONFIGS = (triton.Config({}, num_warps=4, num_stages=1),)
 

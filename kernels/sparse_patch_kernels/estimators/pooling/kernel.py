@@ -10,6 +10,8 @@ from torch import Tensor
 from ...triton.launch import launch
 from ...triton.tiles import power_of_two
 
+__all__ = ["pool_mean"]
+
 # Numbers that a program reads at a time: 32 a thread.
 _TILE = 4096
 _CONFIGS = (triton.Config({}, num_warps=4, num_stages=2),)

@@ -31,6 +31,8 @@ from ...triton.tiles import (
     split_dim,
 )
 
+__all__ = ["key_scores", "probe_lines"]
+
 # Keys of a program (32 heads at 4k keys then make two for each SM of an H100) and of its tiles.
 _CHUNK, _BLOCK_N = 512, 64
 # Most rows of a tile, so that two programs share an SM. To turn rows around takes more registers;

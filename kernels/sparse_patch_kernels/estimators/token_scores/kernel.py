@@ -34,6 +34,8 @@ from ...triton.tiles import (
     split_dim,
 )
 
+__all__ = ["antidiagonal_scores", "token_scores"]
+
 # Numbers left for rows and blocks of keys, at a time: 128 MiB.
 _ELEMENTS = 1 << 25
 # Keys of a program of `_token_parts`: enough to make up for loading the queries.

@@ -29,6 +29,8 @@ from ...triton.launch import launch
 from ...triton.tiles import split_dim
 from .tree import Tree
 
+__all__ = ["search_leaves"]
+
 # Beyond these the plain search runs: rows of a block or keys of a leaf that fill more than a tile,
 # or more chunks than one program ranks in its registers.
 _MOST_ROWS = 128
