@@ -32,18 +32,17 @@ def name_of(page):
     return page.relative_to(ROOT).as_posix()
 
 
-def runnable(page):
-    """The code of a page, in one piece; line numbers are those of the page."""
+def samples(page):
+    """The blocks of a page that are to run, each with its place: page and first line."""
     text = page.read_text()
-    lines = [""] * text.count("\n")
     for block in BLOCK.finditer(text):
-        if block["why"] is not None:
+        if block["why"] is None:
+            yield page, 1 + text.count("\n", 0, block.start("code")), block["code"]
+        else:
             assert block["why"].startswith("not run: "), f"{page}: say why in {block['why']!r}"
-            continue
-        first = text.count("\n", 0, block.start("code"))
-        code = block["code"].splitlines()
-        lines[first : first + len(code)] = code
-    return "\n".join(lines)
+
+
+SAMPLES = [sample for page in [README, *PAGES] for sample in samples(page)]
 
 
 @pytest.fixture
@@ -51,17 +50,18 @@ def methods_as_they_were(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
 
-@pytest.mark.parametrize("page", [p for p in [README, *PAGES] if runnable(p).strip()], ids=name_of)
+@pytest.mark.parametrize(
+    ("page", "line", "code"), SAMPLES, ids=[f"{name_of(page)}:{line}" for page, line, _ in SAMPLES]
+)
 @pytest.mark.usefixtures("methods_as_they_were")
-def test_examples_run(page, tmp_path, monkeypatch):
-    """They find `model`, a tiny Llama, and `input_ids` for it."""
+def test_a_sample_runs_as_it_is_written(page, line, code, tmp_path, monkeypatch):
+    """Each by itself; it finds `model`, a tiny Llama, and `input_ids` for it."""
     monkeypatch.chdir(tmp_path)
     model = tiny_model("llama")
     input_ids = torch.randint(3, 128, (1, 300), generator=torch.Generator().manual_seed(0))
     # A module's name: dataclasses look their module up.
     names = {"__name__": __name__, "model": model, "input_ids": input_ids}
-    with torch.no_grad():
-        exec(compile(runnable(page), str(page), "exec"), names)
+    exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
     sparse_patch.unpatch(model)
 
 
@@ -72,9 +72,7 @@ def test_python_blocks_compile(page):
 
 
 def test_blocks_are_found():
-    found = [page for page in PAGES if runnable(page).strip()]
-    assert len(found) >= len(sparse_patch.list_methods())
-    assert all("```python" in page.read_text() for page in found)
+    assert {page for page, *_ in SAMPLES} >= {README, *(DOCS / "methods").glob("*.md")}
     for page in PAGES:
         text = page.read_text()
         assert len(BLOCK.findall(text)) == text.count("```python"), page
