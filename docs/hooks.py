@@ -10,13 +10,16 @@ A page holds a marker, alone on its line, in whose place comes what is read from
     <!-- exact: warned -->       the same with one, and what it says
     <!-- readme -->              README.md, which is the first page
 
-Tables and figures under `results/`, and documents beside README.md, become pages of the site.
+Every method has a page, in the order of their names: `methods/NAME.md`, or where there is none the
+docstring of its module. Tables and figures under `results/`, and documents beside
+README.md, become pages of the site.
 Links are written as files lie in the repository; the site has them where they lie in it.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import posixpath
 import re
 from collections.abc import Callable, Iterable
@@ -37,8 +40,20 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 BESIDE_README = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the pages of the methods behind that which lists them."""
+    section = next(one["Methods"] for one in config.nav or [] if "Methods" in one)
+    section += [{name: f"methods/{name}.md"} for name in sparse_patch.list_methods()]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what lies outside of `docs/`: tables and figures of results, documents of the project."""
+    """Add pages of methods that are not written, and what lies outside of `docs/`: tables and
+    figures of results, documents of the project."""
+    for name in sparse_patch.list_methods():
+        if not files.get_file_from_path(f"methods/{name}.md"):
+            page = File.generated(config, f"methods/{name}.md", content=method_page(name))
+            files.append(page)
     results = (path for path in (ROOT / "results").rglob("*") if path.suffix in (".md", ".png"))
     for path in sorted([*results, *(ROOT / name for name in BESIDE_README)]):
         name = path.relative_to(ROOT).as_posix()
@@ -52,7 +67,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     Raises:
         KeyError: a marker has no such name.
     """
-    source = Path(page.file.abs_src_path or "").relative_to(ROOT).as_posix()
+    path = page.file.abs_src_path or ROOT / "docs" / page.file.src_uri  # what is not written
+    source = Path(path).relative_to(ROOT).as_posix()
     if source.startswith("results/"):
         page.meta["search"] = {"exclude": True}
         return markdown if markdown.startswith("# ") else f"# {source}\n\n{markdown}"
@@ -76,6 +92,12 @@ def site_links(markdown: str, source: str) -> str:
 
 def readme(_: str) -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def method_page(name: str) -> str:
+    """The page of a method by the docstring of its module."""
+    text = inspect.getmodule(type(sparse_patch.get_method(name))).__doc__
+    return f"# {name}\n\n{text}\n## Parameters\n\n<!-- parameters: {name} -->\n"
 
 
 def parameters(name: str) -> str:
