@@ -114,7 +114,7 @@ def as_methods_call(stage: Stage, q: Tensor, k: Tensor) -> dict[str, Call]:
     """Arguments and options of each estimator, as methods call it at the stage's parameters."""
     scale, block, methods = q.shape[2] ** -0.5, stage.scale.block, stage.scale.methods
     # `proxyattn` scores the mean head of each KV group.
-    probe, proxies = q[:, -block:], (q.unflatten(0, (len(k), -1)).mean(1), k)
+    probe, proxies = q[:, -block:], (q.reshape(len(k), -1, *q.shape[1:]).mean(1), k)
     runs = inputs.plan_of_density(stage.device, len(q), q.shape[1], block, 0.25).runs[0]
     tree = Hip(**methods["hip"]).tree
     return {
