@@ -103,12 +103,17 @@ def check_all_variants():
                     assert_same((got[0].float(), got[1]), want, tolerance)
 
 
+TILES = "-DEMULATED_TILES"  # the twin of matrix units
+
+
 @needs_compiler
-@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "native"])
-def test_builds_for_older_cpus_are_right_too(fresh, monkeypatch, cpu):
-    """SSE2, AVX2, and whatever is here: other vectors, and bfloat16 widened."""
+@pytest.mark.parametrize("flags", ["x86-64", "x86-64-v3", "native", f"native {TILES}"])
+def test_builds_for_other_cpus_are_right_too(fresh, monkeypatch, flags):
+    """SSE2, AVX2, whatever is here, and a twin of matrix units."""
+    cpu, *others = flags.split()
     if cpu != "native" and building.platform.machine() != "x86_64":
         pytest.skip("flags of another architecture")
+    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, *others))
     monkeypatch.setattr(building, "_NATIVE", (f"-march={cpu}",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -118,8 +123,26 @@ def test_builds_for_older_cpus_are_right_too(fresh, monkeypatch, cpu):
 
 
 @needs_compiler
-def test_nothing_is_read_that_was_not_written(fresh, monkeypatch):
-    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-DPOISON"))
+@pytest.mark.parametrize("source", ["attention", "selection"])
+def test_a_build_for_a_cpu_with_matrix_units_uses_them(source, tmp_path):
+    if building.platform.machine() != "x86_64":
+        pytest.skip("flags of another architecture")
+    compiler = next(filter(None, map(shutil.which, building._COMPILERS)))
+    flags = [flag for flag in building._FLAGS if flag not in ("-fPIC", "-shared")]
+    assembly = tmp_path / "assembly.s"
+    code = building.SOURCES / f"{source}.cpp"
+    call = [compiler, *flags, "-march=sapphirerapids", "-S", "-o", assembly, code]
+    subprocess.run(call, check=True)
+    lines = assembly.read_text()
+    for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+        assert instruction in lines
+
+
+@needs_compiler
+@pytest.mark.parametrize("tiles", ["", TILES], ids=["vectors", "tiles"])
+def test_nothing_is_read_that_was_not_written(fresh, monkeypatch, tiles):
+    flags = (*building._FLAGS, "-DPOISON", *tiles.split())
+    monkeypatch.setattr(building, "_FLAGS", flags)
     check_all_variants()
     check_sliced()
 
@@ -139,13 +162,13 @@ def test_other_source_flags_or_compiler_make_another_library(fresh, monkeypatch,
     names = {building.build("attention").name}
     monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-DNDEBUG"))
     names.add(building.build("attention").name)
-    for changed in ("attention.cpp", "common.h"):
+    for changed in ("attention.cpp", "common.h", "tiles.h"):
         copy = shutil.copytree(building.SOURCES, tmp_path / changed)
         with (copy / changed).open("a") as source:
             source.write("\n// changed\n")
         monkeypatch.setattr(building, "SOURCES", copy)
         names.add(building.build("attention").name)
-    assert len(names) == 4
+    assert len(names) == 5
 
 
 @needs_compiler

@@ -107,7 +107,7 @@ def private_folder(folder: Path) -> None:
 
 def _fingerprint(source: Path, command: Sequence[str]) -> str:
     """Differs where the library would: source, compiler and its flags, and the CPU."""
-    texts = (path.read_text() for path in (source, SOURCES / "common.h"))
+    texts = (path.read_text() for path in (source, *sorted(SOURCES.glob("*.h"))))
     parts = [*texts, *command, platform.platform(), platform.machine()]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         about = subprocess.run(
