@@ -208,9 +208,10 @@ inline void transpose(Words (&x)[LANES]) {
 
 // sums[r][c] += a[r, :] . b[:, c] over `parts * steps` words. Two vectors of a row of `b` are read,
 // `apart` words from one another; rows are `b_step` words, and every `steps` of them lie together,
-// `offset` words into the next of `parts` places.
+// `offset` words into the next of `parts` places. Inlined, it would share the registers with what is
+// around it, and they are few.
 template <class How>
-inline void multiply(const uint32_t* a, int a_step, const uint32_t* const* places, int64_t offset,
+__attribute__((noinline)) void multiply(const uint32_t* a, int a_step, const uint32_t* const* places, int64_t offset,
                      int64_t apart, int b_step, int parts, int steps,
                      Floats (&sums)[ROWS][WIDE]) {
   // Some compilers keep what a reference names in memory, step by step; these stay in registers.
