@@ -272,4 +272,20 @@ void in_threads(int64_t n, Work work) {
   for (auto& thread : others) thread.join();
 }
 
+// Runs all tasks, a worker in each of up to `threads` threads; false: no memory.
+template <class Worker, class Call>
+bool share_out(const Call& call, int64_t tasks, int64_t threads) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> complete{true};
+  in_threads(std::min(threads, tasks), [&] {
+    try {
+      Worker worker(call);
+      for (int64_t task; complete && (task = next++) < tasks;) worker.run(task);
+    } catch (const std::bad_alloc&) {
+      complete = false;
+    }
+  });
+  return complete;
+}
+
 }  // namespace

@@ -140,22 +140,6 @@ inline void pack(const typename How::Type* row, int64_t words, uint32_t* lane, i
   }
 }
 
-// Calls run(worker, task) for all tasks, a worker in each thread; false: no memory.
-template <class Worker, class Call>
-bool share_out(const Call& call, int64_t tasks, int64_t threads) {
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> complete{true};
-  in_threads(std::min(threads, tasks), [&] {
-    try {
-      Worker worker(call);
-      for (int64_t task; complete && (task = next++) < tasks;) worker.run(task);
-    } catch (const std::bad_alloc&) {
-      complete = false;
-    }
-  });
-  return complete;
-}
-
 template <class How>
 class MassWorker {
   using In = typename How::Type;
