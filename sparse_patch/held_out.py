@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from sparse_patch_kernels.estimators import TILE_ELEMENTS
-from sparse_patch_kernels.estimators.token_scores import by_block, pooled_rows, sampled_rows
+from sparse_patch_kernels.estimators.ranking import add_losses, rank_and_test
+from sparse_patch_kernels.estimators.token_scores import pooled_rows, sampled_rows
 from torch import Tensor
 
 
@@ -39,7 +38,7 @@ def ranking_loss(
         mass = pooled_rows(q, k, scale, some, some + offset + 1, width=block_k)
         # Key blocks past the last of these query blocks are ranked after all that they see.
         end = (offset // block_q + int(block[-1]) + 1) * block_q
-        _add_squares(squares, mass, order[:, block, : -(-end // block_k)])
+        add_losses(squares, mass, order[:, block, : -(-end // block_k)])
     return (squares / len(rows)).sqrt_()
 
 
@@ -47,7 +46,8 @@ def scores_and_loss(
     q: Tensor,
     k: Tensor,
     scale: float,
-    rank: Callable[[Tensor, slice], Tensor],
+    allowed: Tensor,
+    forced: Tensor,
     *,
     block: int,
     block_k: int,
@@ -61,7 +61,7 @@ def scores_and_loss(
 
     Args:
         q, k, scale, block, block_k, reduce: as for `token_scores`; `reduce` is no "max".
-        rank: makes a ranking from scores `[heads, n, blocks]` of some rows of blocks, a slice.
+        allowed, forced: bool `[rows, blocks]`, as for `rank`.
 
     Returns:
         float32 `[heads, rows, blocks]` and `[heads, blocks]`.
@@ -75,32 +75,16 @@ def scores_and_loss(
         taken[which, sampled_rows(q_len, offset, block, every, shift, device)[0]] = True
     rows = taken.any(0).nonzero()[:, 0]
     block_of = (rows + offset) // block - offset // block
-    result = torch.full(shape, float("-inf"), device=device)
+    result = torch.empty(shape, device=device)
     squares = torch.zeros(heads, shape[2], device=device)
     step = max(1, TILE_ELEMENTS // (heads * shape[2] * (-(-block // stride) + 1)))
     for first in range(0, shape[1], step):
+        here = slice(first, first + step)
         some = rows[(block_of >= first) & (block_of < first + step)]
         mass = pooled_rows(q, k, scale, some, some + offset + 1, width=block_k)
-        here = slice(first, min(first + step, shape[1]))
         index = (some + offset) // block - offset // block - first
-        by_all, by_half = (by_block(mass[:, mine], index[mine], reduce) for mine in taken[:2, some])
-        result[:, here, : mass.shape[2]] = by_all
-        scores = torch.full_like(result[:, here], float("-inf"))
-        scores[..., : mass.shape[2]] = by_half
-        tested = taken[2, some]
-        end = (offset // block + here.stop) * block
-        order = rank(scores, here)[:, index[tested], : -(-end // block_k)]
-        _add_squares(squares, mass[:, tested], order)
+        result[:, here], losses = rank_and_test(
+            mass, index, taken[:, some], allowed[here], forced[here], reduce=reduce
+        )
+        squares += losses
     return result, (squares / int(taken[2].sum())).sqrt_()
-
-
-def _add_squares(squares: Tensor, mass: Tensor, order: Tensor) -> None:
-    """Add up squares of what rows of `mass [heads, rows, m]` lose by their first n ranked blocks.
-
-    Args:
-        squares: `[heads, blocks]`, by n - 1.
-        order: `[heads, rows, n]`, n at least m.
-    """
-    n = order.shape[2]
-    ranked = torch.nn.functional.pad(mass, (0, n - mass.shape[2])).gather(2, order.long())
-    squares[:, :n] += (1 - ranked.cumsum(-1)).clamp_(min=0).square_().sum(1)

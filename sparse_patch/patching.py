@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from sparse_patch_kernels import choose_backend
+from sparse_patch_kernels import choose_backend, prepare
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -124,6 +124,8 @@ def patch(
     if backend != "auto":
         for device in devices:
             choose_backend(backend, device)
+    for device in devices:
+        prepare(device, backend)
     budget = None
     if isinstance(min_length, str):
         budget = Budget(layers=len(wanted - dense), given=costs)

@@ -1,8 +1,7 @@
 """From scores to blocks: rankings, budgets, forced blocks. Blocks are counted from position 0.
 
-Every policy here answers with one number a row: how many of its ranked blocks are kept. A ranking
-puts the forced blocks first, then the others by score, the lower index first among equals, and
-blocks that may not be seen last. So lists can be shared by heads that differ in budget only.
+Every policy here answers with one number a row: how many of its ranked blocks (`rank`) are kept. So
+lists can be shared by heads that differ in budget only.
 
 Shapes: scores `[lists, rows, blocks]`, allowed and forced bool `[rows, blocks]` or with a leading
 `[lists]`; counts int64 `[lists, rows]`. A score is the log of the estimated attention mass, up to
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from sparse_patch_kernels.estimators.compaction import lists_at_once
+from sparse_patch_kernels.estimators.ranking import rank as rank
 from torch import Tensor
 
 _NEVER = float("-inf")
@@ -77,18 +77,6 @@ class BlockGrid:
         row = torch.arange(self.first_row + 1, self.first_row + self.rows + 1, device=self.device)
         ends = (row * self.block_q).clamp(max=self.kv_len)
         return ends > self.kv_len - tokens
-
-
-def rank(scores: Tensor, allowed: Tensor, forced: Tensor) -> Tensor:
-    """int32 `[lists, rows, blocks]`: block indices, best first. See the module docstring."""
-    order = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
-    allowed, forced = allowed.expand_as(scores), forced.expand_as(scores)
-    for some in lists_at_once(scores):
-        part = scores[some].masked_fill(scores[some].isnan(), _NEVER)
-        part = part.clamp_(min=torch.finfo(scores.dtype).min)
-        part.masked_fill_(forced[some], float("inf")).masked_fill_(~allowed[some], _NEVER)
-        order[some] = part.argsort(dim=-1, descending=True, stable=True)
-    return order
 
 
 def mass_of(scores: Tensor, allowed: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from sparse_patch_kernels import BackendUnavailable
+from sparse_patch_kernels.cpu import building
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import sparse_patch
@@ -75,6 +76,15 @@ def test_the_context_manager_restores_after_an_error(llama):
         interrupted()
     assert torch.equal(logits(llama, ids), before)
     assert llama.config._attn_implementation == "eager"
+
+
+def test_kernels_are_compiled_when_a_model_is_patched_not_in_its_first_prefill(llama, monkeypatch):
+    calls = []
+    monkeypatch.setattr(building, "prepare", lambda: calls.append("prepared"))
+    with sparse_patch.patch(llama, "dense", backend="reference"):
+        assert calls == []
+    with sparse_patch.patch(llama, "dense"):
+        assert calls == ["prepared"]
 
 
 def test_patches_nest_and_leave_in_any_order(llama):

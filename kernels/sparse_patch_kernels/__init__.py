@@ -22,6 +22,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from .cpu import building
 from .dispatch import GPUS, has_kernel, triton_installed
 from .ops import attention_op, run
 from .plan import BlockPlan
@@ -35,6 +36,7 @@ __all__ = [
     "block_sparse_attention",
     "choose_backend",
     "has_kernel",
+    "prepare",
 ]
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
@@ -80,6 +82,16 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
             "or name backend='reference'."
         )
     return backend
+
+
+def prepare(device: torch.device, backend: str = "auto") -> None:
+    """Compile what calls on `device` will need and this machine has not kept: some seconds, once.
+
+    Without it the first call does. Triton kernels depend on what they are called with: none is
+    compiled here.
+    """
+    if device.type == "cpu" and backend in ("auto", "cpu"):
+        building.prepare()
 
 
 def _what_triton_lacks(device: torch.device) -> list[str]:

@@ -132,23 +132,24 @@ class BlockPlan(PlanLayout):
             valid = run.valid(run.heads)
             if bool((count < 0).any()) or bool((count > start.shape[2]).any()):
                 raise ValueError("BlockPlan: a count is negative or larger than its list")
-            limit = self.last_rows(start.device)[None, :, None] + 1
+            limit = self.last_rows(start.device).to(torch.int32)[None, :, None] + 1
             if self.key_order is not None:
                 limit = torch.full_like(limit, self.kv_len)
-            if bool(((start < 0) | (start >= limit))[valid].any()):
+            if bool(((start < 0) | (start >= limit)).logical_and_(valid).any()):
                 raise ValueError(
                     "BlockPlan: a run begins before key 0 or after the last row of its query block"
                 )
-            if bool((start[..., 1:] < start[..., :-1] + run.width)[valid[..., 1:]].any()):
+            close = start[..., 1:] < start[..., :-1] + run.width
+            if bool(close.logical_and_(valid[..., 1:]).any()):
                 raise ValueError(
                     f"BlockPlan: runs of width {run.width} must be ascending and disjoint"
                 )
-            if run.on_grid and bool((start % run.width)[valid].any()):
+            if run.on_grid and _any_between(start, run.width, valid):
                 raise ValueError(
                     f"BlockPlan: a run begins off the grid of its width, {run.width}, and its list "
                     "says on_grid=True"
                 )
-            if bool((start % run.pool)[valid].any()):
+            if run.pool > 1 and _any_between(start, run.pool, valid):
                 raise ValueError(
                     f"BlockPlan: a pooled run begins off the grid of its groups of {run.pool}"
                 )
@@ -217,3 +218,10 @@ class BlockPlan(PlanLayout):
         return torch.stack(
             [torch.cat([plan.block_mask(h, b) for b in blocks]) for h in range(plan.heads)]
         )
+
+
+def _any_between(start: Tensor, grid: int, valid: Tensor) -> bool:
+    """Does any valid entry lie between multiples of `grid`?"""
+    # Of a power of 2 the lower bits tell, and much faster.
+    off = start & (grid - 1) if grid & (grid - 1) == 0 else start % grid
+    return bool((off != 0).logical_and_(valid).any())

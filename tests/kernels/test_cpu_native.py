@@ -103,12 +103,17 @@ def check_all_variants():
                     assert_same((got[0].float(), got[1]), want, tolerance)
 
 
+TILES = "-DEMULATED_TILES"  # the twin of matrix units
+
+
 @needs_compiler
-@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "native"])
-def test_builds_for_older_cpus_are_right_too(fresh, monkeypatch, cpu):
-    """SSE2, AVX2, and whatever is here: other vectors, and bfloat16 widened."""
+@pytest.mark.parametrize("flags", ["x86-64", "x86-64-v3", "native", f"native {TILES}"])
+def test_builds_for_other_cpus_are_right_too(fresh, monkeypatch, flags):
+    """SSE2, AVX2, whatever is here, and a twin of matrix units."""
+    cpu, *others = flags.split()
     if cpu != "native" and building.platform.machine() != "x86_64":
         pytest.skip("flags of another architecture")
+    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, *others))
     monkeypatch.setattr(building, "_NATIVE", (f"-march={cpu}",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -118,8 +123,26 @@ def test_builds_for_older_cpus_are_right_too(fresh, monkeypatch, cpu):
 
 
 @needs_compiler
-def test_nothing_is_read_that_was_not_written(fresh, monkeypatch):
-    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-DPOISON"))
+@pytest.mark.parametrize("source", ["attention", "selection"])
+def test_a_build_for_a_cpu_with_matrix_units_uses_them(source, tmp_path):
+    if building.platform.machine() != "x86_64":
+        pytest.skip("flags of another architecture")
+    compiler = next(filter(None, map(shutil.which, building._COMPILERS)))
+    flags = [flag for flag in building._FLAGS if flag not in ("-fPIC", "-shared")]
+    assembly = tmp_path / "assembly.s"
+    code = building.SOURCES / f"{source}.cpp"
+    call = [compiler, *flags, "-march=sapphirerapids", "-S", "-o", assembly, code]
+    subprocess.run(call, check=True)
+    lines = assembly.read_text()
+    for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+        assert instruction in lines
+
+
+@needs_compiler
+@pytest.mark.parametrize("tiles", ["", TILES], ids=["vectors", "tiles"])
+def test_nothing_is_read_that_was_not_written(fresh, monkeypatch, tiles):
+    flags = (*building._FLAGS, "-DPOISON", *tiles.split())
+    monkeypatch.setattr(building, "_FLAGS", flags)
     check_all_variants()
     check_sliced()
 
@@ -127,7 +150,7 @@ def test_nothing_is_read_that_was_not_written(fresh, monkeypatch):
 @needs_compiler
 def test_it_is_compiled_once(fresh, monkeypatch):
     want = attend()
-    (library,) = fresh.iterdir()
+    (library,) = fresh.glob("attention-*.so")
     native._kernel.cache_clear()
     monkeypatch.setattr(building, "_compile", lambda *_: pytest.fail("compiled again"))
     assert building.build("attention") == library
@@ -139,28 +162,41 @@ def test_other_source_flags_or_compiler_make_another_library(fresh, monkeypatch,
     names = {building.build("attention").name}
     monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-DNDEBUG"))
     names.add(building.build("attention").name)
-    for changed in ("attention.cpp", "common.h"):
+    for changed in ("attention.cpp", "common.h", "tiles.h"):
         copy = shutil.copytree(building.SOURCES, tmp_path / changed)
         with (copy / changed).open("a") as source:
             source.write("\n// changed\n")
         monkeypatch.setattr(building, "SOURCES", copy)
         names.add(building.build("attention").name)
-    assert len(names) == 4
+    assert len(names) == 5
 
 
 @needs_compiler
-def test_processes_may_compile_at_the_same_time(fresh):
-    code = "from sparse_patch_kernels.cpu import native; print(native._kernel() is not None)"
+@pytest.mark.skipif(os.name == "nt", reason="the compiler here is a shell script")
+def test_processes_that_compile_at_the_same_time_do_it_once(fresh, tmp_path):
+    """And say so on standard error; later ones find all they need."""
+    log, compiler = tmp_path / "log", tmp_path / "compiler"
+    real = next(filter(None, map(shutil.which, building._COMPILERS)))
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\nexec "{real}" "$@"\n')
+    compiler.chmod(0o700)
+    code = "from sparse_patch_kernels.cpu import building as b; b.prepare(); print(b.load('lists'))"
     path = os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for _ in range(2)
-    ]
-    assert [process.communicate()[0].strip() for process in both] == ["True", "True"]
-    assert len(list(fresh.iterdir())) == 1
+    environment = {**os.environ, "PYTHONPATH": path, "CXX": str(compiler)}
+
+    def start():
+        call, pipe = [sys.executable, "-c", code], subprocess.PIPE
+        return subprocess.Popen(call, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    def compiled():
+        return [line for line in log.read_text().splitlines() if "--version" not in line]
+
+    both = [process.communicate() for process in (start(), start())]
+    assert all("CDLL" in out for out, _ in both)
+    assert "".join(error for _, error in both).count("compiling") == len(building.NAMES)
+    assert len(compiled()) == len(building.NAMES) == len(list(fresh.glob("*.so")))
+    _, error = start().communicate()
+    assert not error
+    assert len(compiled()) == len(building.NAMES)
 
 
 def is_root():

@@ -83,12 +83,13 @@ def test_a_row_with_a_nan_is_all_nan():
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
+@pytest.mark.parametrize("dim", [16])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("change", TREES, ids=str)
 @pytest.mark.parametrize(("q_len", "kv_len"), [(700, 700), (130, 515), (1, 400)])
-def test_search_leaves(change, dtype, q_len, kv_len):
+def test_search_leaves(change, dtype, q_len, kv_len, dim):
     tree = Hip(**{**SMALL, **change}).tree
-    q, k, scale = sequence(4, 2, q_len, kv_len, 16, dtype)
+    q, k, scale = sequence(4, 2, q_len, kv_len, dim, dtype)
     got = tree_search.search_leaves(q, k, scale, tree)
     want = search_leaves.plain(q, k, scale, tree)
     assert torch.equal(got[1], want[1])
@@ -108,13 +109,14 @@ def test_search_takes_the_first_of_equal_leaves_and_bears_nan():
             assert torch.equal(got[0], search_leaves.plain(q, k, 1.0, tree)[0])
 
 
+@pytest.mark.parametrize("dim", [16])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [3, 16, 40])
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 @pytest.mark.parametrize("shared", [True, False])
-def test_scan_chunks(chunk, groups, dtype, shared):
+def test_scan_chunks(chunk, groups, dtype, shared, dim):
     blocks, n = 5, 40
-    q, k, _ = sequence(4, 2, blocks * groups, 700, 16, dtype)
+    q, k, _ = sequence(4, 2, blocks * groups, 700, dim, dtype)
     starts = torch.arange(n).repeat(1 if shared else 4, blocks, 1) * chunk + 3
     starts[..., -2:] = torch.iinfo(torch.int32).max
     end = torch.arange(1, blocks + 1) * 130
@@ -134,9 +136,10 @@ def test_scans_with_averaged_queries_take_keys_in_half_precision():
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dim", [16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_layout_in_memory(dtype):
-    q, k, scale = sequence(4, 2, 200, 200, 16, dtype)
+def test_any_layout_in_memory(dtype, dim):
+    q, k, scale = sequence(4, 2, 200, 200, dim, dtype)
     rows, tree = torch.arange(0, 200, 3), Hip(**SMALL).tree
     want, _ = masses(q, k, scale, rows, False, 16)
     torch.testing.assert_close(masses(laid_out(q), laid_out(k), scale, rows, False, 16)[0], want)
@@ -181,25 +184,48 @@ def test_threads_change_nothing(monkeypatch):
         assert all(map(torch.equal, other, found[0]))
 
 
+def use_build(monkeypatch, folder, flags):
+    """Selection by a library of its own."""
+    monkeypatch.setenv("SPARSE_PATCH_CACHE", str(folder))
+    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, *flags))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        library = building.load("selection")
+    assert library is not None
+    monkeypatch.setattr(selection, "_library", {"selection": library, "lists": None}.get)
+
+
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
 def test_builds_for_older_cpus_are_right_too(monkeypatch, tmp_path, cpu):
     """SSE2 and AVX2: other vectors, and bfloat16 widened."""
     if building.platform.machine() != "x86_64":
         pytest.skip("flags of another architecture")
-    monkeypatch.setenv("SPARSE_PATCH_CACHE", str(tmp_path))
     monkeypatch.setattr(building, "_NATIVE", (f"-march={cpu}",))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        library = building.load("selection")
-    assert library is not None
-    monkeypatch.setattr(selection, "_library", lambda: library)
+    use_build(monkeypatch, tmp_path, ())
     for dtype in DTYPES:
         for largest in (False, True):
             test_pooled_rows(6, 2, 300, 421, 64, 16, largest, dtype)
         for change in TREES:
-            test_search_leaves(change, dtype, 130, 515)
-        test_scan_chunks(64, 16, dtype, True)
-        test_scan_chunks(7, 40, dtype, False)
+            test_search_leaves(change, dtype, 130, 515, 16)
+        test_scan_chunks(64, 16, dtype, True, 16)
+        test_scan_chunks(7, 40, dtype, False, 16)
+
+
+def test_matrix_units_choose_the_same(monkeypatch, tmp_path):
+    """Their twin: bfloat16 only, and dimensions in whole tiles; others are as before."""
+    use_build(monkeypatch, tmp_path, ["-DEMULATED_TILES"])
+    dtype = torch.bfloat16
+    for dim in (32, 64, 130):
+        for width, largest in ((1, False), (5, True), (16, False), (128, True)):
+            test_pooled_rows(6, 2, 300, 421, dim, width, largest, dtype)
+            test_pooled_rows(4, 2, 1, 40, dim, width, largest, dtype)
+    test_threads_change_nothing(monkeypatch)
+    for dim in (16, 64):
+        for change in TREES:
+            test_search_leaves(change, dtype, 130, 515, dim)
+        for groups in (3, 16, 40):
+            test_scan_chunks(7, groups, dtype, False, dim)
+        test_any_layout_in_memory(dtype, dim)
 
 
 @pytest.mark.parametrize("name", sorted(SPARSE))
@@ -208,7 +234,7 @@ def test_without_a_compiler_methods_keep_the_same(name, monkeypatch):
     q, k, scale = sequence(4, 2, 420, 420, 16)
     plan = method.plan(q, k, scale=scale, q_offset=0)
     with monkeypatch.context() as patched:
-        patched.setattr(selection, "_library", lambda: None)
+        patched.setattr(selection, "_library", lambda source: None)
         other = method.plan(q, k, scale=scale, q_offset=0)
     assert torch.equal(plan.to_dense_mask(), other.to_dense_mask())
 

@@ -142,7 +142,7 @@ def keys_scored(monkeypatch, kv_len, method):
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, kv_len, 4, generator=generator)
     with monkeypatch.context() as patched:
-        patched.setattr(selection, "_library", lambda: None)
+        patched.setattr(selection, "_library", lambda source: None)
         patched.setattr(plain, "dot", counting)
         method.plan(q, k, scale=1.0, q_offset=0)
     return counted
@@ -170,7 +170,7 @@ def test_a_beam_as_wide_as_the_sequence_scores_every_leaf_once(monkeypatch):
 
 
 def test_a_few_keys_are_gathered_at_a_time(monkeypatch):
-    monkeypatch.setattr(selection, "_library", lambda: None)
+    monkeypatch.setattr(selection, "_library", lambda source: None)
     method = get_method("hip", **SMALL)
     q, k = integers(4, 500, seed=1), integers(2, 500, seed=2)
     whole = lists(method.plan(q, k, scale=1.0, q_offset=0), 4)

@@ -1,31 +1,37 @@
 """C++ that is built once per machine with the system's compiler, and loaded.
 
-The sources ship with the package, in `src/`. The first use of one compiles it for this very CPU,
-which takes a few seconds, into the cache folder (`$SPARSE_PATCH_CACHE`, else
-`~/.cache/sparse-patch`); later processes load it from there. Where there is no compiler, PyTorch
-does the work and a warning says so once; `SPARSE_PATCH_COMPILE=0` chooses that without a warning.
+The sources ship with the package, in `src/`. `prepare`, else the first use of one, compiles it for
+this very CPU, which takes some seconds, into the cache folder (`$SPARSE_PATCH_CACHE`, else
+`~/.cache/sparse-patch`); later processes load it from there, and one that comes meanwhile waits.
+Where there is no compiler, PyTorch does the work and a warning says so once;
+`SPARSE_PATCH_COMPILE=0` chooses that without a warning.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 __all__ = ["build", "cache_folder", "load", "only_ours", "private_folder"]
 
 SOURCES = Path(__file__).parent / "src"
+NAMES = ("attention", "lists", "selection")
 DTYPES = (torch.float32, torch.bfloat16)  # that the sources are written for
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-shared", "-pthread")
@@ -35,6 +41,16 @@ _NATIVE = ("-march=native", "-mcpu=native")
 
 class NoCompiler(RuntimeError):
     """A source cannot be built here; the message says why."""
+
+
+@functools.lru_cache(None)
+def prepare() -> None:
+    """Compile what this process may need and the cache lacks, so that no first call waits for it.
+
+    Says on standard error that it compiles.
+    """
+    with ThreadPoolExecutor(len(NAMES)) as pool:
+        list(pool.map(load, NAMES))
 
 
 def load(name: str) -> ctypes.CDLL | None:
@@ -73,10 +89,21 @@ def build(name: str) -> Path:
     source = SOURCES / f"{name}.cpp"
     library = cache_folder() / "kernels" / f"{name}-{_fingerprint(source, command)}.so"
     private_folder(library.parent)
-    # What others could have written is never loaded, but built anew in its place.
-    if not library.exists() or not only_ours(library):
-        _compile(source, command, library)
+    if not _is_there(library):
+        with FileLock(library.with_suffix(".lock"), mode=0o600):
+            if not _is_there(library):  # nor has another process made it meanwhile
+                print(
+                    f"sparse_patch: compiling {source.name} for this machine, once; this takes "
+                    "some seconds",
+                    file=sys.stderr,
+                )
+                _compile(source, command, library)
     return library
+
+
+def _is_there(library: Path) -> bool:
+    # What others could have written is never loaded, but built anew in its place.
+    return library.exists() and only_ours(library)
 
 
 def only_ours(path: Path) -> bool:
@@ -109,7 +136,7 @@ def private_folder(folder: Path) -> None:
 
 def _fingerprint(source: Path, command: Sequence[str]) -> str:
     """Differs where the library would: source, compiler and its flags, and the CPU."""
-    texts = (path.read_text() for path in (source, SOURCES / "common.h"))
+    texts = (path.read_text() for path in (source, *sorted(SOURCES.glob("*.h"))))
     parts = [*texts, *command, platform.platform(), platform.machine()]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         about = subprocess.run(

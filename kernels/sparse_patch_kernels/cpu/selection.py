@@ -1,4 +1,5 @@
-"""What bindings of `src/selection.cpp` share: C++ for what costs most when methods choose.
+"""What bindings of `src/selection.cpp` and `src/lists.cpp` share: C++ for what costs most when
+methods choose.
 
 Bindings lie beside the plain functions that give their work away to them, see `estimators`. Each
 has the arguments and the result, up to rounding, of the plain one, and NotImplemented for what it
@@ -35,7 +36,7 @@ class Inputs(Structure):
 
 def inputs(q: Tensor, k: Tensor) -> Inputs | None:
     """q `[heads, n, dim]` and k `[kv_heads, m, dim]` for C++; None for what it cannot take."""
-    if q.dtype not in DTYPES or k.dtype != q.dtype or _library() is None:
+    if q.dtype not in DTYPES or k.dtype != q.dtype or not has("selection"):
         return None
     if not 0 < q.numel() or not 0 < k.numel() or q.stride(2) != 1 or k.stride(2) != 1:
         return None
@@ -50,15 +51,17 @@ def inputs(q: Tensor, k: Tensor) -> Inputs | None:
     )
 
 
+def has(source: str) -> bool:
+    """Are the functions of `src/<source>.cpp` to be had?"""
+    return _library(source) is not None
+
+
 @functools.lru_cache(None)
-def _library() -> Any:
+def _library(source: str) -> Any:
     """The C functions; None where they cannot be had or are not wanted."""
-    library = load("selection")
-    for name in ("masses", "search", "scan") if library else ():
-        getattr(library, f"sparse_patch_{name}").restype = ctypes.c_int
-    return library
+    return load(source)
 
 
-def run(name: str, call: Structure) -> None:
-    if getattr(_library(), f"sparse_patch_{name}")(ctypes.byref(call)):
-        raise MemoryError("selection: no memory for a tile of scores")
+def run(name: str, call: Structure, source: str = "selection") -> None:
+    if getattr(_library(source), f"sparse_patch_{name}")(ctypes.byref(call)):
+        raise MemoryError(f"{name}: no memory for a tile of scores")

@@ -4,10 +4,11 @@
 // meet the keys that the plan names, a tile of keys at a time, with an online softmax in base 2.
 // Keys are packed into slices on the way, so runs of any length cost the same, and nothing of size
 // queries x keys is kept; where runs are whole slices, all keys are packed once and for all tasks.
-// Products work in units of 32 bits: one float, or two bfloat16 where the CPU multiplies those;
-// other CPUs widen bfloat16 while packing.
+// Products work in units of 32 bits: one float, or two bfloat16 where the CPU multiplies those, with
+// matrix units (`tiles.h`) or without; other CPUs widen bfloat16 while packing.
 
 #include "common.h"
+#include "tiles.h"
 
 extern "C" {
 
@@ -59,7 +60,9 @@ class Packer {
 
  public:
   explicit Packer(const Call& call)
-      : c(call), q_words(round_up(call.dim, 2) / PER), v_words(round_up(call.v_dim, PANEL)) {}
+      : c(call),
+        q_words(round_up((call.dim + PER - 1) / PER, How::WORDS)),
+        v_words(round_up(call.v_dim, PANEL)) {}
 
   int64_t key_slice() const { return LANES * q_words; }  // words
   int64_t value_slice() const { return LANES / PER * v_words; }
@@ -201,7 +204,7 @@ class Sequence {
 template <class How>
 class Worker {
   using In = typename How::Type;
-  static constexpr int PER = How::PER_WORD;
+  static constexpr int PER = How::PER_WORD, ROWS = How::ROWS;
 
  public:
   // `whole` may be null: then tiles are packed as they come.
@@ -214,9 +217,9 @@ class Worker {
         rows_room(round_up(most_rows, ROWS)),
         queries(rows_room * q_words),
         tile_keys(whole ? 0 : TILE / LANES * packer.key_slice()),
-        tile_values(whole ? 0 : TILE / LANES * packer.value_slice()),
-        scores(rows_room * TILE),
-        weights(PER == 1 ? 0 : rows_room * TILE / PER),
+        tile_values(TILE / LANES * packer.value_slice()),
+        scores(ROWS * TILE),
+        weights(PER == 1 ? 0 : ROWS * TILE / PER),
         sums(rows_room * v_words),
         best(rows_room),
         total(rows_room),
@@ -318,10 +321,11 @@ class Worker {
     }
     const int width = round_up(n, PANEL);
     for (int t = n; t < width; ++t) position[t] = INT_MAX, reach[t] = INT_MAX;
-    for (int t = 0; t < n; t += LANES) slice(key + t, std::min(LANES, n - t), t / LANES);
-    // Scores are made of two slices at a time; a second one where there is none is masked.
     const int slices = (n + LANES - 1) / LANES;
+    for (int i = 0; i < slices; ++i) slice(key + i * LANES, std::min(LANES, n - i * LANES), i);
+    // Scores are made of two slices at a time; a second one where there is none is masked.
     key_places[slices] = key_places[slices - 1];
+    if constexpr (How::TILED) pair_values(slices);
     // The next tile comes while this one is computed, some keys with every ROWS rows.
     const size_t share = (TILE * ROWS + padded - 1) / padded;
     size_t next = from + TILE;
@@ -329,8 +333,9 @@ class Worker {
       if (!whole) fetch(next, std::min(next + share, from + 2 * TILE));
       const int used = masked ? reached(row, n) : n;
       if (used == 0) continue;
+      products(row, round_up(used, PANEL));
       score(row, round_up(used, PANEL), masked);
-      gather(row, (used + LANES - 1) / LANES);
+      gather(row, used);
     }
   }
 
@@ -343,11 +348,31 @@ class Worker {
     }
     const auto at = [key](int t) { return place(key[t]); };
     uint32_t* k = tile_keys.at + i * packer.key_slice();
-    uint32_t* v = tile_values.at + i * packer.value_slice();
+    uint32_t* v = value_room(i);
     packer.keys(packer.k(kv), at, n, k);
     packer.values(packer.v(kv), at, n, v);
     key_places[i] = k;
     value_places[i] = v;
+  }
+  uint32_t* value_room(int i) const { return tile_values.at + i * packer.value_slice(); }
+
+  // Matrix units read the values of two slices as one block of memory. Neighbours in the sequence
+  // are one; others are copied, and the second one of a last slice that has none is zeros.
+  void pair_values(int slices) {
+    const int64_t size = packer.value_slice();
+    for (int i = 0; i < slices; i += 2) {
+      const bool alone = i + 1 == slices;
+      if (!alone && value_places[i + 1] == value_places[i] + size) continue;
+      if (value_places[i] != value_room(i)) {
+        std::memcpy(value_room(i), value_places[i], size * 4);
+        value_places[i] = value_room(i);
+      }
+      if (alone) {
+        std::memset(value_room(i + 1), 0, size * 4);
+      } else {
+        std::memcpy(value_room(i + 1), value_places[i + 1], size * 4);
+      }
+    }
   }
 
   // So many keys of the tile, from its first on, contain all that rows from `row` on may see.
@@ -360,23 +385,37 @@ class Worker {
     return n;
   }
 
-  // Weights of ROWS rows for `width` keys, from the running maximum on; what came before decays.
-  void score(int64_t row, int width, bool masked) {
-    float* s = scores.at + row * TILE;
-    // Of a product as it is, in base 2. The largest product is the largest score: scale is positive.
-    const float unit = c.softcap == 0.f ? c.scale * LOG2E : 1.f;
+  // Products of ROWS rows with the first `width` keys, to `scores`.
+  void products(int64_t row, int width) {
+    const uint32_t* a = queries.at + row * q_words;
     for (int t = 0; t < width; t += PANEL) {
-      Floats x[ROWS][WIDE] = {};
       const uint32_t* const* two = key_places + t / LANES;
-      multiply<How>(queries.at + row * q_words, q_words, two, 0, two[1] - two[0], LANES, 1,
-                    q_words, x);
-      for (int r = 0; r < ROWS; ++r) {
-        for (int w = 0; w < WIDE; ++w) {
-          store(s + r * TILE + t + w * LANES, c.softcap == 0.f ? x[r][w] : capped(x[r][w]));
+      float* to = scores.at + t;
+      if constexpr (!How::TILED) {
+        Floats x[ROWS][WIDE] = {};
+        multiply<How>(a, q_words, two, 0, two[1] - two[0], LANES, 1, q_words, x);
+        for (int r = 0; r < ROWS; ++r) {
+          for (int w = 0; w < WIDE; ++w) store(to + r * TILE + w * LANES, x[r][w]);
         }
+      } else {
+        unit.clear();
+        for (int64_t w = 0; w < q_words; w += How::WORDS) {
+          unit.add(a + w, q_words, two[0] + w * LANES, two[1] + w * LANES, LANES);
+        }
+        unit.store(to, TILE);
       }
     }
-    for (int r = 0; r < ROWS; ++r, s += TILE) {
+  }
+
+  // Weights of ROWS rows for `width` keys, from the running maximum on; what came before decays.
+  void score(int64_t row, int width, bool masked) {
+    // Of a product as it is, in base 2. The largest product is the largest score: scale is positive.
+    const float unit = c.softcap == 0.f ? c.scale * LOG2E : 1.f;
+    for (int r = 0; r < ROWS; ++r) {
+      float* s = scores.at + r * TILE;
+      if (c.softcap != 0.f) {
+        for (int t = 0; t < width; t += LANES) store(s + t, capped(load<Floats>(s + t)));
+      }
       if (masked) mask(s, first_row + (row + r) % in_block, width);
       Floats most = all(NOTHING);
       for (int t = 0; t < width; t += LANES) most = larger(most, load<Floats>(s + t));
@@ -385,29 +424,34 @@ class Worker {
       // A row that has seen nothing yet: the difference of infinities would be NaN. A real NaN stays.
       const bool blind = higher == NOTHING;
       Floats added = Floats{};
-      for (int t = 0; t < width; t += LANES) {
-        const Floats x = load<Floats>(s + t);
-        const Floats p = blind ? pick(x != x, x, Floats{}) : exp2(x * unit - higher);
-        added += p;
-        store(s + t, p);
+      for (int t = 0; t < width; t += PANEL) {
+        Floats p[WIDE];
+        for (int w = 0; w < WIDE; ++w) {
+          const Floats x = load<Floats>(s + t + w * LANES);
+          p[w] = blind ? pick(x != x, x, Floats{}) : exp2<sizeof(In) == 2>(x * unit - higher);
+          added += p[w];
+        }
+        if constexpr (PER == 1) {
+          for (int w = 0; w < WIDE; ++w) store(s + t + w * LANES, p[w]);
+        } else {
+          narrow(p, reinterpret_cast<uint16_t*>(weights.at + r * TILE / PER) + t);
+        }
       }
-      decay.at[row + r] = blind ? 0.f : std::exp2(before - higher);
+      decay.at[row + r] = higher == before ? 1.f : std::exp2(before - higher);
       total.at[row + r] = total.at[row + r] * decay.at[row + r] + sum(added);
       best.at[row + r] = higher;
-      if (PER == 2) {
-        uint16_t* to = reinterpret_cast<uint16_t*>(weights.at + (row + r) * TILE / PER);
-        narrow(s, width, to);
-      }
     }
   }
 
-  static void narrow(const float* from, int n, uint16_t* to) {
+  // To bfloat16.
+  static void narrow(const Floats (&from)[WIDE], uint16_t* to) {
 #ifdef __AVX512BF16__
-    for (int t = 0; t < n; t += LANES) {
-      store(to + t, bits<Halves>(_mm512_cvtneps_pbh(bits<__m512>(load<Floats>(from + t)))));
-    }
+    const auto both = _mm512_cvtne2ps_pbh(bits<__m512>(from[1]), bits<__m512>(from[0]));
+    std::memcpy(to, &both, sizeof both);
 #else
-    for (int t = 0; t < n; ++t) to[t] = narrowed(from[t]);
+    for (int w = 0; w < WIDE; ++w) {
+      for (int i = 0; i < LANES; ++i) to[w * LANES + i] = narrowed(from[w][i]);
+    }
 #endif
   }
 
@@ -427,21 +471,41 @@ class Worker {
     }
   }
 
-  // Add the values of some slices, weighted.
-  void gather(int64_t row, int slices) {
-    const uint32_t* a = PER == 1 ? reinterpret_cast<const uint32_t*>(scores.at + row * TILE)
-                                 : weights.at + row * TILE / PER;
-    for (int64_t column = 0; column < v_words; column += PANEL) {
-      float* to = sums.at + row * v_words + column;
-      Floats x[ROWS][WIDE];
-      for (int r = 0; r < ROWS; ++r) {
-        for (int w = 0; w < WIDE; ++w) {
-          x[r][w] = load<Floats>(to + r * v_words + w * LANES) * decay.at[row + r];
+  // Add the values of the first `used` keys, weighted.
+  void gather(int64_t row, int used) {
+    const uint32_t* a =
+        PER == 1 ? reinterpret_cast<const uint32_t*>(scores.at) : weights.at;
+    float* to = sums.at + row * v_words;
+    if constexpr (!How::TILED) {
+      const int slices = (used + LANES - 1) / LANES;
+      for (int64_t column = 0; column < v_words; column += PANEL, to += PANEL) {
+        Floats x[ROWS][WIDE];
+        for (int r = 0; r < ROWS; ++r) {
+          for (int w = 0; w < WIDE; ++w) {
+            x[r][w] = load<Floats>(to + r * v_words + w * LANES) * decay.at[row + r];
+          }
+        }
+        multiply<How>(a, TILE / PER, value_places, column, LANES, v_words, slices, LANES / PER, x);
+        for (int r = 0; r < ROWS; ++r) {
+          for (int w = 0; w < WIDE; ++w) store(to + r * v_words + w * LANES, x[r][w]);
         }
       }
-      multiply<How>(a, TILE / PER, value_places, column, LANES, v_words, slices, LANES / PER, x);
+    } else {
       for (int r = 0; r < ROWS; ++r) {
-        for (int w = 0; w < WIDE; ++w) store(to + r * v_words + w * LANES, x[r][w]);
+        const float factor = decay.at[row + r];
+        if (factor == 1.f) continue;
+        float* sum = to + r * v_words;
+        for (int64_t i = 0; i < v_words; i += LANES) {
+          store(sum + i, load<Floats>(sum + i) * factor);
+        }
+      }
+      for (int64_t column = 0; column < v_words; column += PANEL, to += PANEL) {
+        unit.load(to, v_words);
+        for (int t = 0; t < used; t += PANEL) {
+          const uint32_t* v = value_places[t / LANES] + column;
+          unit.add(a + t / PER, TILE / PER, v, v + LANES, v_words);
+        }
+        unit.store(to, v_words);
       }
     }
   }
@@ -474,6 +538,7 @@ class Worker {
   int32_t position[TILE], reach[TILE];
   const uint32_t *key_places[TILE / LANES + 1], *value_places[TILE / LANES];
   int64_t kv = 0, first_row = 0, in_block = 0, n_rows = 0, padded = 0;
+  typename How::Unit unit;
 };
 
 // False: no memory.
@@ -510,6 +575,9 @@ bool run(const Call& call) {
 extern "C" int sparse_patch_attention(const Call* call) {
   try {
     if (!call->bfloat16) return !run<Single<float>>(*call);
+#ifdef HAS_TILES
+    if (Tiles::available()) return !run<Tiled>(*call);
+#endif
 #ifdef __AVX512BF16__
     return !run<Pair>(*call);
 #else

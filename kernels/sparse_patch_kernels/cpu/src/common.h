@@ -26,7 +26,7 @@
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(EMULATED_TILES)
 constexpr int LANES = 16, ROWS = 8;  // of 32 registers, 16 hold sums
 #elif defined(__AVX__)
 constexpr int LANES = 8, ROWS = 4;  // of 16 registers, 8 hold sums
@@ -68,7 +68,7 @@ inline Floats pick(Ints where, Floats yes, Floats no) {
 inline Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return bits<Floats>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
-#elif defined(__AVX__)
+#elif defined(__AVX__) && !defined(EMULATED_TILES)
   return bits<Floats>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b)));
 #else
   return pick(a > b, a, b);
@@ -102,17 +102,25 @@ inline float largest(Floats x) {
 #endif
 }
 
-// 2^x for x up to 127, to 8e-8 of itself before rounding; as good as 0 below -126; NaN of NaN. A
-// minimax polynomial.
+// 2^x for x up to 127; at most 2^-126 below -126; NaN of NaN. The relative error before rounding is
+// 1e-7, or 3e-6 for what becomes a bfloat16 (2e-3): minimax polynomials.
+template <bool SHORT = false>
 inline Floats exp2(Floats x) {
   const Floats magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   x = larger(all(-126.f), x);
   const Floats whole = x + magic;
   const Floats f = x - (whole - magic);
-  Floats p = f * 1.327679577e-3f + 9.675544463e-3f;
-  p = p * f + 5.550712277e-2f;
-  p = p * f + 2.402211965e-1f;
-  p = p * f + 6.931469677e-1f;
+  Floats p;
+  if (SHORT) {
+    p = f * 9.582852467e-3f + 5.590642551e-2f;
+    p = p * f + 2.402409863e-1f;
+    p = p * f + 6.931241933e-1f;
+  } else {
+    p = f * 1.327679577e-3f + 9.675544463e-3f;
+    p = p * f + 5.550712277e-2f;
+    p = p * f + 2.402211965e-1f;
+    p = p * f + 6.931469677e-1f;
+  }
   p = p * f + 1.f;
   return bits<Floats>(bits<Ints>(p) + (bits<Ints>(whole) << 23));
 }
@@ -133,11 +141,14 @@ inline uint16_t narrowed(float x) {  // to the nearest bfloat16, ties to even
   return static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
-// How numbers of type In lie in panels, and are multiplied.
+// How numbers of type Type lie in words and are multiplied: PER_WORD in each, ROWS rows at a time,
+// their words in steps of WORDS.
 template <class In>
 struct Single {  // one float in 32 bits
   using Type = In;
-  static constexpr int PER_WORD = 1;
+  static constexpr int PER_WORD = 1, ROWS = ::ROWS, WORDS = 1;
+  static constexpr bool TILED = false;
+  struct Unit {};
   static Floats mac(Floats sum, uint32_t a, Words b) {
     return sum + all(bits<float>(a)) * bits<Floats>(b);
   }
@@ -146,7 +157,9 @@ struct Single {  // one float in 32 bits
 #ifdef __AVX512BF16__
 struct Pair {  // two bfloat16 in 32 bits
   using Type = uint16_t;
-  static constexpr int PER_WORD = 2;
+  static constexpr int PER_WORD = 2, ROWS = ::ROWS, WORDS = 1;
+  static constexpr bool TILED = false;
+  struct Unit {};
   static Floats mac(Floats sum, uint32_t a, Words b) {
     return bits<Floats>(_mm512_dpbf16_ps(bits<__m512>(sum), (__m512bh)_mm512_set1_epi32(a),
                                          bits<__m512bh>(b)));
@@ -195,9 +208,10 @@ inline void transpose(Words (&x)[LANES]) {
 
 // sums[r][c] += a[r, :] . b[:, c] over `parts * steps` words. Two vectors of a row of `b` are read,
 // `apart` words from one another; rows are `b_step` words, and every `steps` of them lie together,
-// `offset` words into the next of `parts` places.
+// `offset` words into the next of `parts` places. Inlined, it would share the registers with what is
+// around it, and they are few.
 template <class How>
-inline void multiply(const uint32_t* a, int a_step, const uint32_t* const* places, int64_t offset,
+__attribute__((noinline)) void multiply(const uint32_t* a, int a_step, const uint32_t* const* places, int64_t offset,
                      int64_t apart, int b_step, int parts, int steps,
                      Floats (&sums)[ROWS][WIDE]) {
   // Some compilers keep what a reference names in memory, step by step; these stay in registers.
@@ -256,6 +270,22 @@ void in_threads(int64_t n, Work work) {
   }
   work();
   for (auto& thread : others) thread.join();
+}
+
+// Runs all tasks, a worker in each of up to `threads` threads; false: no memory.
+template <class Worker, class Call>
+bool share_out(const Call& call, int64_t tasks, int64_t threads) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> complete{true};
+  in_threads(std::min(threads, tasks), [&] {
+    try {
+      Worker worker(call);
+      for (int64_t task; complete && (task = next++) < tasks;) worker.run(task);
+    } catch (const std::bad_alloc&) {
+      complete = false;
+    }
+  });
+  return complete;
 }
 
 }  // namespace

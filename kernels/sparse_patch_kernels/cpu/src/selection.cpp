@@ -4,8 +4,10 @@
 //
 // Queries lie in panels, one in each lane. Keys are read where they are, a word (a float, or two
 // bfloat16 where the CPU multiplies those) at a time for all lanes: nothing is gathered or copied.
+// Matrix units read 32 keys at a time, so those that do not lie at equal distances are copied.
 
 #include "common.h"
+#include "tiles.h"
 
 #include <cfloat>
 #include <functional>
@@ -61,22 +63,74 @@ inline uint32_t word(const typename How::Type* key, int64_t s) {
   }
 }
 
-// x[r][:] = key[r] . panel, for the queries of a panel of W vectors. Inlined, it would share the
-// registers with what is around it, and they are few.
+// ROWS keys, and their products with the queries of panels of W vectors.
 template <class How, int W>
-__attribute__((noinline)) void dots(const typename How::Type* const (&key)[ROWS],
-                                    const uint32_t* panel, int64_t words, Floats (&x)[ROWS][W]) {
-  Floats sums[ROWS][W] = {};
-  for (int64_t s = 0; s < words; ++s, panel += W * LANES) {
-    Words b[W];
-    for (int w = 0; w < W; ++w) b[w] = load<Words>(panel + w * LANES);
-    for (int r = 0; r < ROWS; ++r) {
-      const uint32_t a = word<How>(key[r], s);
-      for (int w = 0; w < W; ++w) sums[r][w] = How::mac(sums[r][w], a, b[w]);
+class Keys {
+  using In = typename How::Type;
+  static constexpr int ROWS = How::ROWS;
+
+ public:
+  explicit Keys(int64_t words) : words(words) {}
+  void take(const In* const (&at)[ROWS]) { std::memcpy(key, at, sizeof key); }
+
+  // to[r][:] = key[r] . panel. Inlined, it would share the registers with what is around it, and
+  // they are few.
+  __attribute__((noinline)) void times(const uint32_t* panel, float* to) {
+    Floats sums[ROWS][W] = {};
+    for (int64_t s = 0; s < words; ++s, panel += W * LANES) {
+      Words b[W];
+      for (int w = 0; w < W; ++w) b[w] = load<Words>(panel + w * LANES);
+      for (int r = 0; r < ROWS; ++r) {
+        const uint32_t a = word<How>(key[r], s);
+        for (int w = 0; w < W; ++w) sums[r][w] = How::mac(sums[r][w], a, b[w]);
+      }
     }
+    std::memcpy(to, sums, sizeof sums);
   }
-  std::memcpy(x, sums, sizeof x);
-}
+
+ private:
+  const int64_t words;
+  const In* key[ROWS];
+};
+
+#ifdef HAS_TILES
+template <>
+class Keys<Tiled, WIDE> {
+  static constexpr int ROWS = Tiled::ROWS;
+
+ public:
+  explicit Keys(int64_t words) : words(words), copies(ROWS * words) {}
+
+  void take(const uint16_t* const (&at)[ROWS]) {
+    const int64_t apart = at[1] - at[0];
+    bool regular = apart % 2 == 0;
+    for (int r = 1; r < ROWS; ++r) regular &= at[r] - at[r - 1] == apart;
+    if (regular) {
+      first = reinterpret_cast<const uint32_t*>(at[0]);
+      step = apart / 2;
+      return;
+    }
+    for (int r = 0; r < ROWS; ++r) std::memcpy(copies.at + r * words, at[r], words * 4);
+    first = copies.at;
+    step = words;
+  }
+
+  void times(const uint32_t* panel, float* to) {
+    unit.clear();
+    for (int64_t s = 0; s < words; s += Tiled::WORDS) {
+      unit.add(first + s, step, panel + s * PANEL, panel + s * PANEL + LANES, PANEL);
+    }
+    unit.store(to, PANEL);
+  }
+
+ private:
+  const int64_t words;
+  Aligned<uint32_t> copies;
+  const uint32_t* first = nullptr;
+  int64_t step = 0;
+  Tiles unit;
+};
+#endif
 
 // A query into a lane of a panel of `width` lanes.
 template <class How>
@@ -86,34 +140,19 @@ inline void pack(const typename How::Type* row, int64_t words, uint32_t* lane, i
   }
 }
 
-// Calls run(worker, task) for all tasks, a worker in each thread; false: no memory.
-template <class Worker, class Call>
-bool share_out(const Call& call, int64_t tasks, int64_t threads) {
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> complete{true};
-  in_threads(std::min(threads, tasks), [&] {
-    try {
-      Worker worker(call);
-      for (int64_t task; complete && (task = next++) < tasks;) worker.run(task);
-    } catch (const std::bad_alloc&) {
-      complete = false;
-    }
-  });
-  return complete;
-}
-
 template <class How>
 class MassWorker {
   using In = typename How::Type;
-  static constexpr int PANELS = 4, TILE = PANELS * PANEL;
+  static constexpr int ROWS = How::ROWS, PANELS = 4, TILE = PANELS * PANEL;
 
  public:
   explicit MassWorker(const Masses& call)
       : c(call),
         group(call.in.heads / call.in.kv_heads),
         words(call.in.dim / How::PER_WORD),
+        keys(words),
         panels(TILE * words),
-        logits(call.width * PANEL),
+        logits(round_up(call.width, ROWS) * PANEL),
         best(call.blocks * TILE),
         total(call.blocks * TILE) {}
 
@@ -163,19 +202,20 @@ class MassWorker {
     Floats top[WIDE];
     for (int w = 0; w < WIDE; ++w) top[w] = all(NOTHING);
     for (int64_t key = first; key < end; key += ROWS) {
-      const In* keys[ROWS];
-      for (int r = 0; r < ROWS; ++r) keys[r] = k + std::min(key + r, end - 1) * c.in.k_row;
-      Floats x[ROWS][WIDE];
-      dots<How, WIDE>(keys, panel, words, x);
+      const In* at[ROWS];
+      for (int r = 0; r < ROWS; ++r) at[r] = k + std::min(key + r, end - 1) * c.in.k_row;
+      keys.take(at);
       float* to = logits.at + (key - first) * PANEL;
+      keys.times(panel, to);
       for (int r = 0; r < ROWS && key + r < end; ++r, to += PANEL) {
         for (int w = 0; w < WIDE; ++w) {
+          Floats x = load<Floats>(to + w * LANES);
           if (key + r >= least[p]) {
             const Ints sees = load<Ints>(seen + p * PANEL + w * LANES);
-            x[r][w] = pick(sees <= static_cast<int32_t>(key + r), all(NOTHING), x[r][w]);
+            x = pick(sees <= static_cast<int32_t>(key + r), all(NOTHING), x);
+            store(to + w * LANES, x);
           }
-          top[w] = larger(top[w], x[r][w]);
-          store(to + w * LANES, x[r][w]);
+          top[w] = larger(top[w], x);
         }
       }
     }
@@ -184,7 +224,8 @@ class MassWorker {
       const Floats base = pick(blind, Floats{}, top[w] * unit);
       Floats added = Floats{};
       for (int64_t t = 0; t < end - first; ++t) {
-        added += exp2(load<Floats>(logits.at + t * PANEL + w * LANES) * unit - base);
+        const Floats x = load<Floats>(logits.at + t * PANEL + w * LANES);
+        added += exp2<sizeof(In) == 2>(x * unit - base);
       }
       const int64_t at = block * TILE + p * PANEL + w * LANES;
       store(best.at + at, pick(blind, all(NOTHING), base));
@@ -215,6 +256,7 @@ class MassWorker {
 
   const Masses& c;
   const int64_t group, words;
+  Keys<How, WIDE> keys;
   Aligned<uint32_t> panels;
   Aligned<float> logits, best, total;
   int32_t seen[TILE];
@@ -232,7 +274,7 @@ struct Wanted {
 template <class How, int W>
 class Scorer {
   using In = typename How::Type;
-  static constexpr int WIDTH = W * LANES;
+  static constexpr int ROWS = How::ROWS, WIDTH = W * LANES;
 
  public:
   Scorer(const Inputs& in, int64_t n_rows)
@@ -240,7 +282,8 @@ class Scorer {
         words(in.dim / How::PER_WORD),
         n_panels((n_rows + WIDTH - 1) / WIDTH),
         panels(n_panels * WIDTH * words),
-        limit(n_panels * WIDTH) {}
+        limit(n_panels * WIDTH),
+        rows(words) {}
 
   // Row i of `n` is the row `row(i)` of this head; the last one fills up the panel.
   template <class Row>
@@ -292,18 +335,20 @@ class Scorer {
     }
   }
 
-  void score(const In* const (&at)[ROWS], const Wanted* keys, int n, Floats (&top)[ROWS]) const {
-    for (int r = 0; r < ROWS; ++r) top[r] = all(NOTHING);
+  void score(const In* const (&at)[ROWS], const Wanted* keys, int n, Floats (&top)[ROWS]) {
+    for (int r = 0; r < n; ++r) top[r] = all(NOTHING);
+    rows.take(at);
     for (int64_t p = 0; p < n_panels; ++p) {
-      Floats x[ROWS][W];
-      dots<How, W>(at, panels.at + p * WIDTH * words, words, x);
-      for (int r = 0; r < ROWS; ++r) {
+      alignas(64) float products[ROWS * WIDTH];
+      rows.times(panels.at + p * WIDTH * words, products);
+      for (int r = 0; r < n; ++r) {
         for (int w = 0; w < W; ++w) {
-          if (r < n && keys[r].key > least) {
+          Floats x = load<Floats>(products + r * WIDTH + w * LANES);
+          if (keys[r].key > least) {
             const Ints last = load<Ints>(limit.at + p * WIDTH + w * LANES);
-            x[r][w] = pick(last < static_cast<int32_t>(keys[r].key), all(-FLT_MAX), x[r][w]);
+            x = pick(last < static_cast<int32_t>(keys[r].key), all(-FLT_MAX), x);
           }
-          top[r] = larger(top[r], x[r][w]);
+          top[r] = larger(top[r], x);
         }
       }
     }
@@ -313,6 +358,7 @@ class Scorer {
   const int64_t words, n_panels;
   Aligned<uint32_t> panels;
   Aligned<int32_t> limit;
+  Keys<How, W> rows;
   const In* k = nullptr;
   int64_t least = INT64_MAX;
 };
@@ -538,8 +584,10 @@ class ScanWorker {
 template <template <class, int> class Worker, class How, class Call>
 bool by_width(const Call& call) {
   const int64_t tasks = call.in.heads * call.n_blocks, threads = call.in.threads;
-  return call.n_rows <= LANES ? share_out<Worker<How, 1>>(call, tasks, threads)
-                              : share_out<Worker<How, WIDE>>(call, tasks, threads);
+  if constexpr (!How::TILED) {
+    if (call.n_rows <= LANES) return share_out<Worker<How, 1>>(call, tasks, threads);
+  }
+  return share_out<Worker<How, WIDE>>(call, tasks, threads);
 }
 
 template <class How>
@@ -553,6 +601,9 @@ template <class Run>
 int by_type(const Inputs& in, Run run) {
   try {
     if (!in.bfloat16) return !run(Single<float>());
+#ifdef HAS_TILES
+    if (in.dim % (2 * Tiled::WORDS) == 0 && Tiles::available()) return !run(Tiled());
+#endif
 #ifdef __AVX512BF16__
     return !run(Pair());
 #else

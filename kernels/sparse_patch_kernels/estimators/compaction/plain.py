@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...dispatch import has_kernel
+from ...dispatch import has_kernel, has_native
 
 _AT_ONCE = 1 << 20  # entries that are sorted together on a CPU
 
@@ -23,6 +23,7 @@ def lists_at_once(x: Tensor) -> Iterator[slice]:
 
 
 @has_kernel
+@has_native
 def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where each row of a mask is true.
 
