@@ -9,3 +9,9 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_report_header():
+    from sparse_patch_kernels.cpu import native
+
+    return f"sparse_patch: the CPU kernel multiplies bfloat16 by {native.products()}"

@@ -24,9 +24,11 @@ needs_compiler = pytest.mark.skipif(
 def fresh(monkeypatch, tmp_path):
     """A cache folder of its own, and nothing loaded."""
     monkeypatch.setenv("SPARSE_PATCH_CACHE", str(tmp_path))
-    native._kernel.cache_clear()
+    for cached in (native._library, native._kernel):
+        cached.cache_clear()
     yield tmp_path / "kernels"
-    native._kernel.cache_clear()
+    for cached in (native._library, native._kernel):
+        cached.cache_clear()
 
 
 def attend(dtype=torch.float32):
@@ -118,6 +120,7 @@ def test_builds_for_other_cpus_are_right_too(fresh, monkeypatch, flags):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native._kernel() is not None
+    assert (native.products() == "emulated tiles") == (TILES in others)
     check_all_variants()
     check_sliced()
 
@@ -151,6 +154,7 @@ def test_nothing_is_read_that_was_not_written(fresh, monkeypatch, tiles):
 def test_it_is_compiled_once(fresh, monkeypatch):
     want = attend()
     (library,) = fresh.glob("attention-*.so")
+    native._library.cache_clear()
     native._kernel.cache_clear()
     monkeypatch.setattr(building, "_compile", lambda *_: pytest.fail("compiled again"))
     assert building.build("attention") == library

@@ -19,7 +19,7 @@ def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "device": device,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": _cpu_capability(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -39,14 +39,24 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def _cpu_capability() -> str:
+    """The vectors that PyTorch uses, and whether the CPU can multiply bfloat16, in tiles or not."""
+    flags = _cpuinfo("flags").split()
+    units = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *units])
+
+
+def _cpuinfo(field: str) -> str:
+    """Of the first core; empty where Linux does not tell."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith(field):
+            return line.split(":", 1)[1].strip()
+    return ""
 
 
 def _git_hash() -> str | None:

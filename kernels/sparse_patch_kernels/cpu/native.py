@@ -14,7 +14,7 @@ from torch import Tensor
 from ..plan import BlockPlan
 from .building import build, load
 
-__all__ = ["attend", "compiled"]
+__all__ = ["attend", "compiled", "products"]
 
 
 class _Runs(Structure):
@@ -96,10 +96,25 @@ def attend(
     return out, lse
 
 
+def products() -> str:
+    """How the CPU backend multiplies bfloat16 here: "AMX tiles", "AVX512-BF16", "float32 vectors"
+    or, without the compiled kernel, "PyTorch"."""
+    library = _library()
+    if library is None:
+        return "PyTorch"
+    library.sparse_patch_products.restype = ctypes.c_char_p
+    return str(library.sparse_patch_products().decode())
+
+
+@functools.lru_cache(None)
+def _library() -> Any:
+    return load("attention")
+
+
 @functools.lru_cache(None)
 def _kernel() -> Any:
     """The C function, compiled if need be; None where that is not possible or not wanted."""
-    library = load("attention")
+    library = _library()
     if library is None:
         return None
     kernel = library.sparse_patch_attention

@@ -587,3 +587,15 @@ extern "C" int sparse_patch_attention(const Call* call) {
     return 1;
   }
 }
+
+// How bfloat16 is multiplied.
+extern "C" const char* sparse_patch_products() {
+#ifdef HAS_TILES
+  if (Tiles::available()) return Tiles::NAME;
+#endif
+#ifdef __AVX512BF16__
+  return "AVX512-BF16";
+#else
+  return "float32 vectors";
+#endif
+}

@@ -29,6 +29,7 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 
 #ifdef EMULATED_TILES
+  static constexpr char NAME[] = "emulated tiles";
   Tiles() = default;
   static bool available() { return true; }
 
@@ -58,6 +59,7 @@ class Tiles {
   static uint32_t load_word(const uint32_t* from) { return ::load<uint32_t>(from); }
   float sums[SIDE][SIDE];
 #else
+  static constexpr char NAME[] = "AMX tiles";
   Tiles() {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
