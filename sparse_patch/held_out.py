@@ -1,4 +1,4 @@
-"""What a ranking of blocks loses on rows that it was not made from."""
+"""Attention that a ranking of blocks loses on rows that it was not made from."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def ranking_loss(
 ) -> Tensor:
     """What the rows of a sample lose when only the first n of their ranked blocks are kept.
 
-    The sample is every `stride`-th query, half a stride after the multiples of it: rows that a
-    ranking made from those multiples has not seen.
+    The sample is every `stride`-th query, half a stride after the multiples: rows that a ranking
+    made from the multiples has not seen.
 
     Args:
         q: `[heads, q_len, dim]`, the last rows of the sequence.
         k: `[kv_heads, kv_len, dim]`.
         order: int32 `[lists, rows, blocks]`, as `selection.rank` makes it.
         block_q, block_k: tokens per query block and per key block.
-        stride: take every so many queries.
+        stride: step between sampled queries.
 
     Returns:
         float32 `[heads, blocks]`: entry n - 1 is the root mean square, over the sampled rows, of
@@ -35,9 +35,9 @@ def ranking_loss(
     rows, block_of = sampled_rows(q_len, offset, block_q, stride, stride // 2, q.device)
     step = max(1, TILE_ELEMENTS // (heads * blocks))
     for first in range(0, len(rows), step):
-        some, block = rows[first : first + step], block_of[first : first + step]
-        mass = pooled_rows(q, k, scale, some, some + offset + 1, width=block_k)
-        # Key blocks past the last of these query blocks are ranked after all that they see.
+        tile, block = rows[first : first + step], block_of[first : first + step]
+        mass = pooled_rows(q, k, scale, tile, tile + offset + 1, width=block_k)
+        # Key blocks past the last of these query blocks are ranked after all visible ones.
         end = (offset // block_q + int(block[-1]) + 1) * block_q
         _add_squares(squares, mass, order[:, block, : -(-end // block_k)])
     return (squares / len(rows)).sqrt_()
@@ -56,11 +56,11 @@ def scores_and_loss(
 ) -> tuple[Tensor, Tensor]:
     """`token_scores` of every `stride`-th query, and what a ranking by half of them loses.
 
-    In one pass: the ranking is made from every second row of the sample, and `ranking_loss` is
-    that of the rows between.
+    In one pass: the ranking is made from every second row of the sample and tested on the rows
+    between.
 
     Args:
-        q, k, scale, block, block_k, reduce: as for `token_scores`; `reduce` is no "max".
+        q, k, scale, block, block_k, reduce: as for `token_scores`; `reduce` is not "max".
         rank: makes a ranking from scores `[heads, n, blocks]` of some rows of blocks, a slice.
 
     Returns:
@@ -71,25 +71,27 @@ def scores_and_loss(
     shape = heads, -(-kv_len // block) - offset // block, -(-kv_len // block_k)
     samples = [(stride, 0), (2 * stride, 0), (2 * stride, stride)]  # all, to rank by, to test on
     taken = torch.zeros(3, q_len, dtype=torch.bool, device=device)
-    for which, (every, shift) in enumerate(samples):
-        taken[which, sampled_rows(q_len, offset, block, every, shift, device)[0]] = True
+    for sample, (spacing, shift) in enumerate(samples):
+        taken[sample, sampled_rows(q_len, offset, block, spacing, shift, device)[0]] = True
     rows = taken.any(0).nonzero()[:, 0]
     block_of = (rows + offset) // block - offset // block
     result = torch.full(shape, float("-inf"), device=device)
     squares = torch.zeros(heads, shape[2], device=device)
     step = max(1, TILE_ELEMENTS // (heads * shape[2] * (-(-block // stride) + 1)))
     for first in range(0, shape[1], step):
-        some = rows[(block_of >= first) & (block_of < first + step)]
-        mass = pooled_rows(q, k, scale, some, some + offset + 1, width=block_k)
-        here = slice(first, min(first + step, shape[1]))
-        index = (some + offset) // block - offset // block - first
-        by_all, by_half = (by_block(mass[:, mine], index[mine], reduce) for mine in taken[:2, some])
-        result[:, here, : mass.shape[2]] = by_all
-        scores = torch.full_like(result[:, here], float("-inf"))
+        tile = rows[(block_of >= first) & (block_of < first + step)]
+        mass = pooled_rows(q, k, scale, tile, tile + offset + 1, width=block_k)
+        row_blocks = slice(first, min(first + step, shape[1]))
+        index = (tile + offset) // block - offset // block - first
+        by_all, by_half = (
+            by_block(mass[:, chosen], index[chosen], reduce) for chosen in taken[:2, tile]
+        )
+        result[:, row_blocks, : mass.shape[2]] = by_all
+        scores = torch.full_like(result[:, row_blocks], float("-inf"))
         scores[..., : mass.shape[2]] = by_half
-        tested = taken[2, some]
-        end = (offset // block + here.stop) * block
-        order = rank(scores, here)[:, index[tested], : -(-end // block_k)]
+        tested = taken[2, tile]
+        end = (offset // block + row_blocks.stop) * block
+        order = rank(scores, row_blocks)[:, index[tested], : -(-end // block_k)]
         _add_squares(squares, mass[:, tested], order)
     return result, (squares / int(taken[2].sum())).sqrt_()
 

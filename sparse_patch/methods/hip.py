@@ -45,7 +45,9 @@ class Hip(Method):
         "paper": {"block_q": 32, "block_k": 2, "mask_k": 512}
     }
 
-    dense_layers: int = param(3, "first layers that sparse_patch.patch keeps exact", least=0)
+    dense_layers: int = param(
+        3, "number of first layers that sparse_patch.patch keeps exact", least=0
+    )
     block_q: int = param(64, "query rows that share a list", least=1)
     stride_q: int = param(2, "score every stride_q-th row of a query block", least=1)
     block_k: int = param(8, "tokens per leaf", least=1)

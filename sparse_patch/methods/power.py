@@ -40,7 +40,9 @@ class Power(Method):
     block_size: int = param(256, "tokens per block", choices=(16, 32, 64, 128, 256))
     local_blocks: int = param(5, "latest blocks that a row keeps, its own included", least=1)
     sink_blocks: int = param(1, "first blocks that every row keeps", least=0)
-    dense_layers: int = param(2, "first layers that sparse_patch.patch keeps exact", least=0)
+    dense_layers: int = param(
+        2, "number of first layers that sparse_patch.patch keeps exact", least=0
+    )
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
         """Method.plan; None where the pattern leaves nothing out."""

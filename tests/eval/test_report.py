@@ -104,7 +104,7 @@ def test_a_sample_that_is_wrong_is_named_with_its_line(tmp_path, fields, message
     [
         ("[" * 10**5, "nested too deeply"),
         ("1" * 5000, "Exceeds the limit"),
-        ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        ('{"a": 1, "a": 2}', "the key 'a' appears twice"),
         ("[1]", "must be a JSON object"),
     ],
 )
