@@ -166,7 +166,7 @@ def test_a_task_is_a_name_and_not_a_file_that_runs_code(run, words, tmp_path):
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nf = None")
     (tmp_path / "task.yaml").write_text("task: t\ncustom_dataset: !function code.f\n")
     words[words.index("--tasks") + 1] = str(tmp_path / "task.yaml")
-    assert "neither we nor lm-eval know" in run(*words, fails=True)
+    assert "--tasks: unknown task" in run(*words, fails=True)
     assert not (tmp_path / "owned").exists()
 
 
@@ -191,7 +191,7 @@ def own_code(model, tmp_path):
 def test_code_of_a_model_is_run_only_where_a_flag_says_so(run, words, own_code, more):
     words[2], trace = own_code
     said = run(*words, *more, fails=True)
-    assert "brings Python code of its own, which is not run" in said
+    assert "has Python code of its own, which is not run" in said
     assert "--model-arg trust_remote_code=True" in said
     assert not trace.exists()
     for other in ("demo", "inspect"):

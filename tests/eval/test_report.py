@@ -185,7 +185,7 @@ def test_of_a_sample_that_is_there_twice_the_last_counts(tmp_path):
     write_run(tmp_path, samples=[sample(0, answer="old"), sample(1), sample(0, answer="new")])
     (run,) = find_runs([tmp_path])
     assert [one.answer for one in run.samples] == ["new", " 1234567"]
-    assert run.notes == ("1 samples are there more than once; the last of each counts",)
+    assert run.notes == ("1 samples appear more than once; the last of each counts",)
 
 
 def test_separators_inside_an_answer_end_no_line(tmp_path):

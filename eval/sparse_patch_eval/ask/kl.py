@@ -1,11 +1,11 @@
-"""How far two predictions of the next token are apart."""
+"""KL divergence between two predictions of the next token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Positions whose distributions are compared at a time: a vocabulary is wide.
+# Positions compared at a time: a vocabulary is large.
 _CHUNK = 128
 
 
