@@ -66,16 +66,16 @@ def read(source: Source, data_dir: Path | None) -> Any:
             source.dataset, source.config, data_files=files, split=source.split
         )
     # load_dataset("json") would report every use to a server of the hub, even of local files.
-    files_found = _local(source, data_dir)
-    kind = "parquet" if files_found[0].endswith(".parquet") else "json"
+    paths = _local(source, data_dir)
+    kind = "parquet" if paths[0].endswith(".parquet") else "json"
     reader = getattr(datasets.Dataset, f"from_{kind}")
     try:
-        return reader(files_found, split=source.split)
+        return reader(paths, split=source.split)
     except (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration) as error:
         # StopIteration: `datasets` reads the first line of an empty file.
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or "no documents in it"
-        raise OSError(f"{', '.join(files_found)}: {reason}") from error
+        raise OSError(f"{', '.join(paths)}: {reason}") from error
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def _only_label(labels: set[str]) -> Scorer:
     def only_label(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
         sentence = re.split(r"\.|<context>|<example>", results[0].lower())[0]
         named = {label for label in labels if label in doc["question"].lower()}
-        labels_found = {label for label in labels if label in sentence} - named
-        return {"acc": float(labels_found == {doc["target"].lower()})}
+        answers = {label for label in labels if label in sentence} - named
+        return {"acc": float(answers == {doc["target"].lower()})}
 
     return only_label
