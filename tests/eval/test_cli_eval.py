@@ -92,7 +92,7 @@ def test_methods_are_measured_against_dense(run, words, tmp_path):
             assert 0 < passkey["recall"] < 1
     assert "passkey" in output
     assert (tmp_path / "runs" / "table.md").read_text().count("| perplexity_") == 2
-    assert "answered already" in run(*words)
+    assert "already answered" in run(*words)
 
 
 def test_other_arguments_of_a_task_are_another_run(run, words, tmp_path):

@@ -135,7 +135,7 @@ def test_a_killed_run_goes_on_at_the_next_sample(lab, tmp_path):
         (
             "samples.jsonl",
             '{"task": [], "length": 1, "doc_id": 1, "prompt_hash": ""}\n',
-            "good task",
+            "valid task",
         ),
         ("samples.jsonl", "[" * 10**5 + "\n", "line 1: nested too deeply"),
     ],
