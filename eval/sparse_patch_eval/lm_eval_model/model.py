@@ -284,7 +284,7 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _by_decode(self, asked: Sequence[Scored]) -> Iterator[tuple[int, Score]]:
         """One prefill per context, from which its answers continue. The longest comes first."""
-        for members in groups_of(asked, lambda one: one.context):
+        for members in groups_of(asked, lambda item: item.context):
             yield from zip(members, self._go_on([asked[n] for n in members]), strict=True)
 
     def _go_on(self, asked: Sequence[Scored]) -> list[Score]:
@@ -292,11 +292,11 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         ids = torch.tensor([asked[0].context], device=self.device)
         with self._autocast():
             start = prefill(self.model, ids)
-            return [likelihood(self.model, start, one.continuation) for one in asked]
+            return [likelihood(self.model, start, item.continuation) for item in asked]
 
     def _by_prefill(self, asked: Sequence[Scored], size: int | None) -> Iterator[tuple[int, Score]]:
         """Context and answer in one forward, a batch at a time; equal inputs run once."""
-        groups = groups_of(asked, lambda one: one.input)
+        groups = groups_of(asked, lambda item: item.input)
         for batch in self._batches(asked, groups, size):
             continuations = [[asked[n].continuation for n in members] for members in batch]
             inputs = [asked[members[0]].input for members in batch]

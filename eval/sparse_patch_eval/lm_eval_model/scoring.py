@@ -35,7 +35,7 @@ def groups_of(asked: Sequence[Scored], tokens: Callable[[Scored], list[int]]) ->
 
 @torch.no_grad()
 def score_batch(
-    model: Any, inputs: list[list[int]], wanted: list[list[list[int]]], device: torch.device
+    model: Any, inputs: list[list[int]], targets: list[list[list[int]]], device: torch.device
 ) -> list[list[Score]]:
     """The scores of the continuations that each input ends with, in one forward.
 
@@ -43,7 +43,7 @@ def score_batch(
 
     Args:
         inputs: context and continuation without its last token.
-        wanted: the continuations of each input.
+        targets: the continuations of each input.
     """
     length = max(map(len, inputs))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in inputs], device=device)
@@ -51,12 +51,12 @@ def score_batch(
     mask = torch.arange(length, device=device) < ends[:, None]
     padded = {} if bool(mask.all()) else {"attention_mask": mask.long()}
     # Logits of the whole batch and vocabulary would be the largest tensor by far.
-    starts = [len(o) - max(map(len, w)) for o, w in zip(inputs, wanted, strict=True)]
+    starts = [len(o) - max(map(len, w)) for o, w in zip(inputs, targets, strict=True)]
     kept = length - min(starts)
     logits = model(ids, logits_to_keep=kept, **padded).logits[:, -kept:]
     result = []
-    for row, one, continuations in zip(logits, inputs, wanted, strict=True):
-        end = kept - (length - len(one))
+    for row, row_tokens, continuations in zip(logits, inputs, targets, strict=True):
+        end = kept - (length - len(row_tokens))
         result.append([_score(row[end - len(c) : end], c) for c in continuations])
     return result
 

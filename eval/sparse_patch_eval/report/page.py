@@ -266,7 +266,7 @@ def command(section: Section) -> str:
             key = (label, sample.task, sample.length)
             counts[key] = counts.get(key, 0) + 1
     words = ["sparse-patch eval", f"--model {shlex.quote(section.model)}"]
-    words += [f"--method {shlex.quote(one)}" for one in dict.fromkeys(run.method for run in runs)]
+    words += [f"--method {shlex.quote(spec)}" for spec in dict.fromkeys(run.method for run in runs)]
     benchmarks = dict.fromkeys(sample.benchmark for sample in samples)
     if benchmarks:
         words.append(f"--tasks {shlex.quote(','.join(benchmarks))}")

@@ -135,7 +135,7 @@ def _score(
         name=name,
         higher_is_better=run.higher_is_better[of[tasks[0]]],
         n=sum(map(len, values.values())),
-        mean=fmean(fmean(found) for found in values.values()),
+        mean=fmean(fmean(task_values) for task_values in values.values()),
         difference=_difference(cells, {t: groups[t] for t in tasks}, label, of),
         measurable=None if None in known else known == {True},
         tasks=(len(tasks), len(groups)) if len(groups) > 1 else None,

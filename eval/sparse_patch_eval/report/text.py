@@ -51,12 +51,12 @@ def markdown(rows: Sequence[Comparison]) -> str:
     """The main table: a heading per model setting, a table per benchmark, then how to read it."""
     parts = []
     for section in _unique(row.section for row in rows):
-        own = [row for row in rows if row.section is section]
+        section_rows = [row for row in rows if row.section is section]
         heading = f"## {_plain(section.model)} ({_plain(section.settings)})"
         parts += [heading, *section_notes(section)]
-        for benchmark in dict.fromkeys(row.benchmark for row in own):
-            mine = [row for row in own if row.benchmark == benchmark]
-            parts += [f"### {_plain(benchmark)}", "\n".join(_table(mine))]
+        for benchmark in dict.fromkeys(row.benchmark for row in section_rows):
+            benchmark_rows = [row for row in section_rows if row.benchmark == benchmark]
+            parts += [f"### {_plain(benchmark)}", "\n".join(_table(benchmark_rows))]
     parts += ["\n".join(f"- {line}" for line in HOW_TO_READ)]
     return "\n\n".join(parts) + "\n"
 

@@ -83,15 +83,15 @@ def documents(
         cells = list(_grid_cells(num_samples, depths))
     else:
         cells = [(str(n), share) for n, share in enumerate(_depths(task, seed, num_samples))]
-    made = []
+    result = []
     for length in lengths:
         limit = length - reserve - generator.tokens_to_generate
         for index, (name, depth) in enumerate(cells):
             draw = Draw(f"{task}-{seed}-{length}-{name}", length, depth, haystack)
             sample = _filled(task, generator, draw, _counter(tokenizer), limit)
             gold = draw.random("gold").randrange(len(sample.wrong) + 1)
-            made.append(_document(sample, gold, tokenizer, length, index))
-    return made
+            result.append(_document(sample, gold, tokenizer, length, index))
+    return result
 
 
 def _generator(task: str, wording: str) -> Generator:

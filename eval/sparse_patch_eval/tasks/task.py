@@ -74,14 +74,14 @@ def score_any(doc: Document, results: list[Any]) -> dict[str, float]:
 def _scores(doc: Document, results: list[Any], *, all_needed: bool) -> dict[str, float]:
     generation, *likelihoods = results
     text = _CONTROL.sub("\n", generation.strip()).lower()
-    found = [gold.lower() in text for gold in doc["outputs"]]
+    matches = [gold.lower() in text for gold in doc["outputs"]]
     means = [
         total / tokens
         for (total, _), tokens in zip(likelihoods, doc["candidate_tokens"], strict=True)
     ]
     right = means.pop(doc["gold"])
     return {
-        "string_match": sum(found) / len(found) if all_needed else float(any(found)),
+        "string_match": sum(matches) / len(matches) if all_needed else float(any(matches)),
         "rank": float(right > max(means)),
         "answer_nll": 0.0 - right,  # not -right: no score is -0.0
     }

@@ -163,8 +163,8 @@ def _joined(parts: dict[int, Source], data_dir: Path | None, **_: Any) -> dict[s
 
     loaded = []
     for length, source in parts.items():
-        one = read(source, data_dir)
-        loaded.append(one.add_column("max_length", [length] * len(one)))
+        part = read(source, data_dir)
+        loaded.append(part.add_column("max_length", [length] * len(part)))
     return {source.split: datasets.concatenate_datasets(loaded)}
 
 
