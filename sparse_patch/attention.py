@@ -1,4 +1,4 @@
-"""The attention function that a patched model calls, and what it is in a recorded graph: one op.
+"""The attention function that a patched model calls; in a recorded graph it is one op.
 
 It knows tensors and a module's `LayerState`, not Transformers.
 """
@@ -53,10 +53,10 @@ def attention_function(
         return _outside_the_graph(state, q, k, v, attention_mask, call), None
     if recorded and not needs_grad:
         layer = _NO_LAYER if state is None else state.handle
-        if not compiling:  # but by a mode, which takes tensors made under it
+        if not compiling:  # recorded by a mode, which takes tensors made under it
             layer = torch.tensor(-1 if state is None else state.number, device="cpu")
             if state is not None:
-                state.asked += 1  # it may do without running the op
+                state.asked += 1  # the mode may not run the op
         return _attend_op(q, k, v, attention_mask, layer, **call.as_arguments()), None
     return attend_batch(state, q, k, v, attention_mask, call), None
 
@@ -66,16 +66,16 @@ def refuse_tracing() -> None:
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "sparse_patch: this model is being traced (torch.jit.trace; OpenVINO, Core ML and the "
-            "older ONNX exporter do that), but which keys are chosen depends on values, which a "
+            "older ONNX exporter do that), but the choice of keys depends on values, which a "
             "trace does not hold. Call sparse_patch.unpatch(model) before you convert it."
         )
 
 
 def is_recorded(x: Tensor | None) -> bool:
-    """Is what happens (to `x`) recorded, or done without values, so that we must be one op in it?
+    """Are operations (on `x`) recorded, or run without values, so that attention must be one op?
 
-    So it is in a compiled or exported graph, under make_fx, AOTAutograd and whatever else sees
-    PyTorch's operations as they are dispatched, and with fake and meta tensors.
+    True in a compiled or exported graph, under make_fx, AOTAutograd and other dispatch modes, and
+    with fake and meta tensors.
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
@@ -92,8 +92,8 @@ def _outside_the_graph(*arguments: Any) -> Tensor:
     return attend_batch(*arguments)
 
 
-# What a compiled graph sees of attention: it looks at values, keeps counts and has sizes of its
-# own, none of which a graph, still less a CUDA graph, could hold.
+# One node of a compiled graph: attention reads values, keeps counts and chooses sizes, which
+# neither a graph nor a CUDA graph can hold.
 @torch.library.custom_op(
     "sparse_patch::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
 )

@@ -1,24 +1,24 @@
-"""Base of the methods that score blocks: they say what each block is worth, this chooses.
+"""Base of the methods that score blocks: a method scores each block, this base chooses.
 
 A subclass implements `block_scores`; every policy, the forced blocks and the plan are here. So any
-scorer goes with any policy:
+scorer works with any policy:
 
     topk             the `topk` best blocks of every row
     top_p            best blocks of a row until they hold `gamma` of its estimated mass
-    threshold        blocks that hold at least `alpha` of what the row's best one holds
+    threshold        blocks that hold at least `alpha` of the mass of the row's best block
                      (FlashPrefill, arXiv:2603.06199)
-    per_head_budget  one number of blocks per head for all its rows: as many as hold `gamma` of the
+    per_head_budget  one number of blocks per head, for all its rows: as many as hold `gamma` of the
                      last block's true attention (ProxyAttn, arXiv:2509.24745, algorithm 1)
-    held_out         one number of blocks per head for all its rows: so many that rows on which the
-                     ranking was not made lose a root mean square of 1 - `gamma` of their attention
-                     (this project: results/where_it_hurts)
+    held_out         one number of blocks per head, for all its rows: the smallest at which rows
+                     that the ranking was not made from lose a root mean square of 1 - `gamma` of
+                     their attention (this project: results/where_it_hurts)
     global           the best `keep` of all causal blocks of a head, rows together
                      (DraftAttention, arXiv:2505.14708)
 
-`rectify="lse"` gives the blocks left out back as one pooled key each: logit q . mean(k) * scale +
-log(block), value mean(v). Only blocks that lie wholly in a row's past are, so it stays causal.
-Where the keys of a block have little in common, as in a model's first layers, it may add more error
-than it takes away.
+`rectify="lse"` brings back each block left out as one pooled key: logit q . mean(k) * scale +
+log(block), value mean(v). Only for blocks wholly in a row's past, so it stays causal. Where the
+keys of a block have little in common, as in a model's first layers, it may add more error than it
+removes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .selection import BlockGrid, to_query_grid
 
 __all__ = ["POLICIES", "BlockGrid", "BlockScorer"]
 
-# The sample of rows on which a ranking is tested.
+# Step between the rows on which a ranking is tested.
 HELD_OUT_STRIDE = 16
 
 # Which policy reads which parameter: set for another policy, it would do nothing.
@@ -72,15 +72,20 @@ class BlockScorer(Method):
     )
     topk: int = param(16, "topk: blocks per row", least=1)
     alpha: float = param(
-        0.1, "threshold: at least so much of the row's best block", above=0, upto=1
+        0.1,
+        "threshold: keep blocks with at least this share of the best block's mass",
+        above=0,
+        upto=1,
     )
     keep: float = param(0.25, "global: share of all causal blocks", above=0, upto=1)
-    min_budget: int = param(0, "at least so many tokens per row", least=0)
+    min_budget: int = param(0, "minimum number of tokens that a row keeps", least=0)
     sink_blocks: int = param(1, "first blocks that every row keeps", least=0)
     local_blocks: int = param(1, "latest blocks that a row keeps, its own included", least=1)
-    dense_rows: int = param(0, "so many last query rows see all, in whole blocks", least=0)
+    dense_rows: int = param(
+        0, "number of last query rows that attend to every key, in whole blocks", least=0
+    )
     rectify: str = param(
-        "none", "lse: blocks left out come back as one pooled key each", choices=("none", "lse")
+        "none", "lse: each block left out enters as one pooled key", choices=("none", "lse")
     )
 
     def __post_init__(self) -> None:
@@ -109,13 +114,13 @@ class BlockScorer(Method):
             q_offset: as there.
 
         Returns:
-            float32 `[lists, rows, blocks]`. `lists` divides the heads: one a head, a KV group, or
-            for all. A row per block of the position grid that holds a query. Values at blocks
-            after a row's own do not matter.
+            float32 `[lists, rows, blocks]`. `lists` divides the heads: one per head, one per KV
+            group, or one for all. One row per block of the position grid that holds a query. Values
+            at blocks after a row's own do not matter.
         """
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
-        """Method.plan; None up to `min_budget` plus a block of keys, where all is asked for
+        """Method.plan; None up to `min_budget` plus a block of keys, where the parameters keep all
         (gamma = 1, keep = 1, `topk` of all blocks), and for a later chunk shorter than a block."""
         check_sequence(q, k, q_offset)
         grid = BlockGrid(q.shape[1], k.shape[1], self.block_size, self.block_k, q.device)
@@ -134,9 +139,9 @@ class BlockScorer(Method):
     def choose(
         self, scores: Tensor, grid: BlockGrid, q: Tensor, k: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Ranked blocks `[lists, rows, blocks]`, and how many of them each `[heads, rows]` keeps.
+        """Ranked blocks `[lists, rows, blocks]`, and `[heads, rows]`, how many of them are kept.
 
-        The count may tell more heads apart than the ranking: those share a list.
+        The count may have more heads than the ranking has lists: heads then share a list.
         """
         return self._choose(scores, grid, q, k, scale, None)
 
@@ -149,7 +154,7 @@ class BlockScorer(Method):
         scale: float,
         loss: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """See `choose`; `loss` is what `held_out` measures otherwise."""
+        """See `choose`; `loss`: that of `held_out`, if it is known already."""
         causal = grid.causal()
         forced = grid.forced(self.sink_blocks, self.local_blocks)
         order = selection.rank(scores, causal, forced)
@@ -167,7 +172,7 @@ class BlockScorer(Method):
         elif self.select == "held_out":
             if loss is None:
                 loss = self._held_out_loss(order, grid, q, k, scale)
-            # So many blocks leave a loss of 1 - `gamma`.
+            # The first number of blocks whose loss is at most 1 - `gamma`.
             allowed = 1 - per_head(self.gamma, q.shape[0], q.device)[:, 0]
             count = ((loss > allowed).sum(-1) + 1)[:, None].expand(-1, grid.rows)
         else:
@@ -175,7 +180,7 @@ class BlockScorer(Method):
         count = count.clamp(min=-(-self.min_budget // self.block_k))
         count = torch.maximum(count, forced.sum(-1))
         count = count.masked_fill(grid.last_rows(self.dense_rows), grid.blocks)
-        if "gamma" in _READS[self.select]:  # a head that asks for all gets what rounds to 0 too
+        if "gamma" in _READS[self.select]:  # a head with gamma = 1 keeps masses that round to 0 too
             whole = per_head(self.gamma, count.shape[0], q.device)[..., 0] >= 1
             count = count.masked_fill(whole, grid.blocks)
         return order, torch.minimum(count, causal.sum(-1))
@@ -188,7 +193,8 @@ class BlockScorer(Method):
     def _held_out_loss(
         self, order: Tensor, grid: BlockGrid, q: Tensor, k: Tensor, scale: float
     ) -> Tensor:
-        """float32 `[heads, blocks]`: what held-out rows lose by so many blocks; `ranking_loss`."""
+        """float32 `[heads, blocks]`: loss of held-out rows by number of blocks; see
+        `ranking_loss`."""
         order, stride = self.ranking_to_test(order, grid, q, k, scale)
         return ranking_loss(
             q, k, scale, order, block_q=grid.block_q, block_k=grid.block_k, stride=stride
@@ -197,15 +203,15 @@ class BlockScorer(Method):
     def ranking_to_test(
         self, order: Tensor, grid: BlockGrid, q: Tensor, k: Tensor, scale: float
     ) -> tuple[Tensor, int]:
-        """For `held_out`: a ranking like `order` that was not made on the rows it is tested on,
-        which are every so many queries, half of that after the multiples."""
+        """For `held_out`: a ranking like `order`, and the stride of the rows to test it on, which
+        lie half a stride after its multiples. The ranking was not made from those rows."""
         return order, HELD_OUT_STRIDE
 
     def make_plan(self, order: Tensor, count: Tensor, grid: BlockGrid) -> BlockPlan:
         """The plan of a ranking cut to `count`; lists stay shared where heads share them."""
         aligned = grid.q_offset % grid.block_q == 0
         if count.shape[0] > order.shape[0] and aligned and self.rectify == "none":
-            # On a GPU, to read the longest list would wait for it; shared lists are small.
+            # On a GPU, reading the longest count would wait; shared lists are small.
             longest = int(count.max()) if count.device.type == "cpu" else grid.blocks
             start = (order[..., :longest] * grid.block_k).to(torch.int32)
             runs = RunList(start, count.to(torch.int32), grid.block_k)
@@ -233,7 +239,7 @@ def per_head(value: float | tuple[float, ...], heads: int, device: torch.device)
     """float64 `[heads or 1, 1, 1]` of a parameter that may be one number or one per head.
 
     Raises:
-        ValueError: a tuple that does not have one number per head.
+        ValueError: a tuple has neither one number nor one per head.
     """
     numbers = value if isinstance(value, tuple) else (value,)
     if len(numbers) not in (1, heads):
@@ -243,6 +249,6 @@ def per_head(value: float | tuple[float, ...], heads: int, device: torch.device)
     return _on_device(numbers, device)[:, None, None]
 
 
-@lru_cache(64)  # to copy numbers to a GPU waits for it
+@lru_cache(64)  # copying numbers to a GPU waits for it
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)

@@ -1,18 +1,18 @@
-"""Never slower: when `min_length="auto"` plans on a CPU, and when it does without.
+"""Never slower: when `min_length="auto"` plans a call on a CPU, and when it does not.
 
-Three times decide whether sparse pays: that of the plan, which is measured as it happens, and those
-of sparse and of exact attention, which `costs` knows. A plan that has been made is run where that
-is clearly faster than exact attention: what it took is gone either way.
+Three times decide whether sparse attention pays: the time of the plan, which is measured, and the
+times of sparse and of exact attention, which `costs` predicts. A finished plan is run where that is
+clearly faster than exact attention, whatever the plan took.
 
-So that plans which do not pay stay rare, they are made on credit. The layers of a patch share an
-account of seconds. Every call puts in `SHARE` of its exact time, a plan that paid what it saved;
-one that did not takes out what it lost, and below zero no layer plans. The account begins with what
-a prefill puts in and holds at most twice that. Of n calls of a model of L layers, hardly more than
-`SHARE * (n + 2 * L)` of a call's exact time, and a plan, can be lost.
+Plans are made on credit, so that those that do not pay stay rare. The layers of a patch share an
+account of seconds. Every call adds `SHARE` of its exact time, and a plan that paid adds what it
+saved; a plan that did not pay subtracts what it lost, and below zero no layer plans. The account
+begins with what one prefill adds and holds at most twice that. In n calls of a model of L layers,
+hardly more than `SHARE * (n + 2 * L)` of a call's exact time, and one plan, can be lost.
 
-A layer whose plan did not pay waits, too: it lets 1, 2, 4, 8, then 16 calls go by between attempts
-and makes them when the account can bear the loss (calls of more than twice the work are others). So
-the layers that never pay are found, and the others go on.
+A layer whose plan did not pay also waits: it skips 1, 2, 4, 8, then 16 calls between attempts, and
+attempts a plan only when the account can bear the loss (calls of more than twice the work do not
+wait). So layers that never pay stop planning, and the others go on.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from torch import Tensor
 from .costs import CostModel, Work, of_this_machine
 
 SHARE = 0.01
-# Devices whose work cannot be timed without waiting for it run sparse from so many keys on.
+# Fewest keys of a sparse call on devices whose work cannot be timed without waiting for it.
 ELSEWHERE_MIN_LENGTH = 16384
-# The best to hope for: a plan of so few seconds, where none was timed, that keeps so little.
+# The best to hope for: seconds of a plan, where none was timed, and the density that it keeps.
 LEAST_PLAN_SECONDS = 2e-4
 LEAST_DENSITY = 0.05
-# With a plan that saves less than this share of exact attention, exact attention runs: it is right.
+# If a plan saves less than this share of exact attention, exact attention runs instead.
 LEAST_SAVED = 0.05
-# Plans of a size that must have been timed before the fastest of them is the rule.
+# Timed plans of a size before the fastest of them is the lower bound.
 TIMED_PLANS = 3
 LONGEST_WAIT = 16
-# A plan is charged at most so many exact calls: what took longer was a machine that stood still.
+# A plan is charged at most this many exact calls: a slower one means that the machine stood still.
 MOST_LOST = 4
-# Latest times of a kind whose median counts: one plan may be slow because the machine was busy.
+# Number of latest times whose median counts: one plan may be slow because the machine was busy.
 LATEST = 5
 
 
@@ -50,7 +50,7 @@ class Wait:
     """A layer after plans that did not pay.
 
     Attributes:
-        left: calls to skip yet, of `length` in all; calls of more than twice `pairs` are others.
+        left: calls still to skip, of `length` in all; calls of more than twice `pairs` do not wait.
         lost: what the last plan lost, as a share of exact attention.
     """
 
@@ -70,11 +70,11 @@ class Budget:
         clock: seconds, of any origin.
         credit: seconds that plans may lose; `opened` says whether a first call has put some in.
         waits: by layer.
-        plans: seconds a pair of the latest plans, by the size of their calls.
+        plans: seconds per pair of the latest plans, by the size of their calls.
         ops: measured / expected seconds of the latest calls of the op.
-        paces: the same of exact calls, those of long ago forgotten. A busy machine is slower than
-            it was when its costs were measured, in planning too, so plans are timed by this pace.
-        unpaced: calls since the last of them.
+        paces: the same for exact calls; old ones are dropped. A busy machine is slower than when
+            its costs were measured, in planning too, so plan times are divided by this pace.
+        unpaced: calls since the last exact one.
     """
 
     layers: int
@@ -98,7 +98,7 @@ class Budget:
         return Bill(self, layer, Work.of(q, k, v, plain=plain), costs)
 
     def earn(self, exact: float) -> None:
-        """A call comes in that takes so many seconds exact."""
+        """Enter a new call; `exact` is its expected seconds of exact attention."""
         self.unpaced += 1
         if self.unpaced > 2 * self.layers:
             self.paces.clear()
@@ -108,7 +108,7 @@ class Budget:
             self.save(SHARE * exact, exact)
 
     def save(self, seconds: float, exact: float) -> None:
-        """Put seconds into the account, or take them out, at a call of so many seconds exact."""
+        """Add seconds to the account, or subtract them; `exact` is as for `earn`."""
         most = max(self.credit, self.most(exact))
         self.credit = min(self.credit + max(seconds, -MOST_LOST * exact), most)
 
@@ -122,7 +122,7 @@ class Budget:
         return statistics.median_low(latest) if latest else 1.0
 
     def least_plan_seconds(self, work: Work) -> float:
-        """What no plan for such a call takes less than."""
+        """Lower bound on the seconds of a plan for such a call."""
         timed = self.plans.get(_size(work), ())
         if len(timed) < TIMED_PLANS:
             return LEAST_PLAN_SECONDS
@@ -131,11 +131,11 @@ class Budget:
 
 @dataclass
 class Bill:
-    """One call of one layer, and what it costs: `why_exact` before it, `settle` after it, and in
-    between, if a plan is made, `why_not`.
+    """The costs of one call of one layer: `why_exact` is asked before it, `why_not` if a plan was
+    made, and `settle` after it.
 
     Attributes:
-        plan: the one that was made; `density` is its.
+        plan: the plan that was made; `density` is the plan's.
     """
 
     budget: Budget
@@ -186,7 +186,7 @@ class Bill:
         """The call is over: enter what it cost.
 
         Args:
-            planning, op, exact: seconds that each took; None: it did not come to that.
+            planning, op, exact: seconds that each took; None if it did not run.
         """
         budget = self.budget
         if op is not None:
@@ -208,7 +208,7 @@ class Bill:
 
         Args:
             planning: seconds that it took.
-            attending: seconds of attention after it, at the pace at which costs were measured.
+            attending: seconds of the attention after it, at the pace of the cost model.
         """
         budget = self.budget
         plans = budget.plans.setdefault(_size(self.work), deque(maxlen=LATEST))

@@ -1,4 +1,4 @@
-"""What a model says about an attention call beside its tensors: all understood, or refused."""
+"""What a model passes to attention besides the tensors: every keyword is handled or refused."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from .exact import Exact
 from .sequences import CausalMask, Span
 
-# What a model may pass to attention beside the tensors. Handled by `Call`:
+# Keywords that a model may pass to attention. Handled by `Call`:
 _HANDLED = {"is_causal", "softcap", "s_aux", "sinks", "position_bias"}
 # Handled before attention: the mask says what these hide (see `masks`).
 _IN_THE_MASK = {"sliding_window", "max_length_q", "max_length_k", "cu_seq_lens_q", "cu_seq_lens_k"}
 _IN_THE_MASK |= {"seq_idx"}
-# Not about which keys are seen or what they weigh: how a kernel works, positions that rotary
-# embeddings have used, what else the model is to return, what its other parts take.
+# Without effect on which keys are seen or what they weigh: kernel settings, positions that the
+# rotary embeddings have used, further outputs, arguments of other parts of the model.
 _ELSEWHERE = {
     "cache_position", "deterministic", "labels", "logits_to_keep", "mm_token_type_ids",
     "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
@@ -31,7 +31,7 @@ _SELECTS_KEYS = {"indices", "block_indices"}
 
 @dataclass(frozen=True)
 class Call(Exact):
-    """What a model says about one attention call, beside its tensors.
+    """What a model asks of one attention call, besides its tensors.
 
     Attributes:
         training: is the model in training mode?
@@ -51,11 +51,11 @@ class Call(Exact):
         dropout: float,
         kw: Mapping[str, Any],
     ) -> Call:
-        """Understand every keyword that a model passes.
+        """Read every keyword that a model passes.
 
         Raises:
-            RuntimeError: one that is not known, or that says something we cannot do.
-            ValueError: the mask is of a form that could be misread.
+            RuntimeError: a keyword is unknown, or asks for something unsupported.
+            ValueError: the mask has a form that could be misread.
         """
         _check_mask(mask, q, k)
         _refuse_keywords(kw, mask)
@@ -73,8 +73,7 @@ class Call(Exact):
         )
 
     def of(self, row: int, span: Span, q_len: int) -> Call:
-        """The call of some queries of a row with some of its keys: what is by row, query and key
-        is cut as they are."""
+        """The call for one span of a row: sinks and bias are cut to its queries and keys."""
         bias, sinks = self.bias, self.sinks
         if bias is not None:
             row_bias = bias[row if bias.shape[0] > 1 else 0][None].expand(-1, -1, q_len, -1)
@@ -105,17 +104,17 @@ def _refuse_keywords(kw: Mapping[str, Any], mask: Tensor | None) -> None:
             )
         if name not in _IN_THE_MASK and value is not False:
             raise RuntimeError(
-                f"sparse_patch: {name}= reached attention, and what it asks for is not known here: "
-                "left out, it could change the answer. If it is yours, leave it out of the call; "
-                "if it is the model's, call sparse_patch.unpatch(model)."
+                f"sparse_patch: unknown keyword {name}= reached attention; ignoring it could "
+                "change the answer. If you passed it, leave it out of the call; if the model did, "
+                "call sparse_patch.unpatch(model)."
             )
         packed = name == "cu_seq_lens_q" and len(value) > 2
         if packed and (mask is None or (mask.ndim == 2 and mask.dtype == torch.bool)):
             raise RuntimeError(
-                "sparse_patch: cu_seq_lens_q= reached attention without the model's mask having "
-                "heard of it (a compiled graph, or a decoder that was not called as a module), so "
-                "packed sequences would see one another. Call the model uncompiled, or one "
-                "sequence at a time."
+                "sparse_patch: cu_seq_lens_q= reached attention, but the model's mask was made "
+                "without it (in a compiled graph, or because the decoder was not called as a "
+                "module), so packed sequences would see one another. Call the model uncompiled, or "
+                "one sequence at a time."
             )
 
 
@@ -128,15 +127,15 @@ def _sinks(sinks: Tensor, q: Tensor) -> Tensor:
         return sinks[..., 0].expand(batch, heads, q_len)
     raise RuntimeError(
         f"sparse_patch: attention sinks of shape {tuple(sinks.shape)} for {heads} heads and "
-        f"{q_len} queries are not known here. Call sparse_patch.unpatch(model)."
+        f"{q_len} queries are not supported. Call sparse_patch.unpatch(model)."
     )
 
 
 def _bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """A position bias that broadcasts to the logits.
+    """A position bias, cut to the keys.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: it does not broadcast to the logits.
     """
     if bias is None:
         return None
@@ -150,7 +149,7 @@ def _bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
-    """A model may build masks of its own: one we would misread must not pass."""
+    """Refuse a mask of the model's own that we could misread."""
     if mask is None or mask.ndim == 4:
         return
     if mask.shape != (q.shape[0], k.shape[2]) or mask.dtype.is_floating_point:
@@ -162,7 +161,7 @@ def _check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
 
 
 def as_sdpa_gets_them(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors in the dtype in which SDPA would get them: under autocast, in its own.
+    """The tensors in the dtype in which SDPA would get them: under autocast, autocast's dtype.
 
     Raises:
         ValueError: they differ in dtype.

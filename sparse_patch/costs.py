@@ -1,9 +1,9 @@
-"""What attention costs on this CPU, in seconds: exact, or sparse at some density.
+"""Seconds of attention on this CPU: exact, or sparse at some density.
 
-`patch(..., min_length="auto")` asks this before it plans and after. A model of the costs is
-measured once per dtype, in a few seconds, and kept in the cache folder (`$SPARSE_PATCH_CACHE`, else
-`~/.cache/sparse-patch`) for this CPU, number of threads and these versions. `measure()` gives one
-to keep elsewhere and to hand to `patch(..., costs=...)`.
+`patch(..., min_length="auto")` uses them before and after planning. A cost model is measured once
+per dtype, in a few seconds, and kept in the cache folder (`$SPARSE_PATCH_CACHE`, else
+`~/.cache/sparse-patch`) for this CPU, number of threads and these versions. `measure()` returns one
+to store elsewhere and to pass to `patch(..., costs=...)`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from .strict_json import read_json
 from .version import __version__
 
-# Query rows of a block of the plan that keeps all.
+# Query rows per block of the plan that keeps all.
 _BLOCK = 128
-# What is timed: calls of so many tokens and heads, rounds until so many seconds are gone.
+# Tokens and heads of the timed calls; block sizes and density of the sparse ones.
 _TINY, _NEAR, _FAR = 32, 1024, 4096
 _HEADS, _KV_HEADS, _DIM = 2, 1, 64
 _BLOCKS, _DENSITY = (64, 128), 0.3
-# Rounds are at least and at most so many, and end after so many seconds; in each a call is repeated
-# for so long.
+# Bounds on the number of rounds and on their seconds together; seconds that a round repeats a call.
 _LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 2, 6, 2.0
 _REPEAT_SECONDS = 0.02
 
@@ -52,7 +51,7 @@ class Work:
         heads, kv_heads: of q, and of k and v.
         q_len, kv_len: tokens.
         dims: dimensions of q and of v together, the operations of a (query, key) pair.
-        plain: neither soft cap nor sinks, so that SDPA can do it.
+        plain: neither soft cap nor sinks, so SDPA can do it.
     """
 
     heads: int
@@ -118,7 +117,7 @@ class CostModel:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: `numbers` are not those of a cost model.
+            ValueError: `numbers` are not a cost model's.
         """
         try:
             rates = {
@@ -126,7 +125,7 @@ class CostModel:
                 for field in fields(cls)
             }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"CostModel: not what to_dict() gives: {error!r}") from error
+            raise ValueError(f"CostModel: not the output of to_dict(): {error!r}") from error
         return cls(**rates)
 
     def to_dict(self) -> dict[str, dict[str, float]]:
@@ -138,11 +137,11 @@ class CostModel:
         return not work.plain or self._dense(work) < self._sdpa(work)
 
     def exact_seconds(self, work: Work) -> float:
-        """Of exact attention, the faster way."""
+        """Seconds of exact attention, by the faster way."""
         return min(self._dense(work), self._sdpa(work)) if work.plain else self._dense(work)
 
     def sparse_seconds(self, work: Work, density: float, plan: BlockPlan | None = None) -> float:
-        """Of the op at this density, in blocks as of `plan` (default: blocks of 128)."""
+        """Seconds of the op at this density, in blocks of `plan` (default: blocks of 128)."""
         rows = _BLOCK if plan is None else _rows_that_share(plan, work)
         kept = work.pairs * density
         return self.sparse.seconds(work, kept / rows, kept)
@@ -158,12 +157,12 @@ class CostModel:
 
 
 def keeps_all(q_len: int, kv_len: int) -> BlockPlan:
-    """The plan of exact attention."""
+    """A plan that keeps every key."""
     return BlockPlan(q_len, kv_len, min(_BLOCK, q_len), sink=kv_len)
 
 
 def _rows_that_share(plan: BlockPlan, work: Work) -> int:
-    """Rows of q, of one or more heads, for which the op fetches a key once; as far as measured."""
+    """Rows of q, over heads, that share one fetch of a key; at most the largest measured block."""
     together = work.heads // math.lcm(work.kv_heads, plan.heads)
     return min(min(plan.block_q, plan.q_len) * max(1, together), _BLOCKS[-1])
 
@@ -177,9 +176,9 @@ def measure(dtype: torch.dtype = torch.float32) -> CostModel:
     plans = {block: _random_plan(block) for block in _BLOCKS}
     calls: dict[tuple[str, int], Callable[[], Tensor]] = {}
     for n in (_TINY, _NEAR, _FAR):
-        some = q[:, :n], k[:, :n], v[:, :n]
-        calls["sdpa", n] = functools.partial(_sdpa, *some)
-        calls["dense", n] = functools.partial(_op, *some, keeps_all(n, n))
+        tensors = q[:, :n], k[:, :n], v[:, :n]
+        calls["sdpa", n] = functools.partial(_sdpa, *tensors)
+        calls["dense", n] = functools.partial(_op, *tensors, keeps_all(n, n))
     for block, plan in plans.items():
         calls["sparse", block] = functools.partial(_op, q, k, v, plan)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -194,17 +193,21 @@ def measure(dtype: torch.dtype = torch.float32) -> CostModel:
 
 
 def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    own = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(heads, _FAR, _DIM, generator=own, dtype=torch.float32, device="cpu").to(dtype)
+        torch.randn(heads, _FAR, _DIM, generator=generator, dtype=torch.float32, device="cpu").to(
+            dtype
+        )
         for heads in (_HEADS, _KV_HEADS, _KV_HEADS)
     )
     return q, k, v
 
 
 def _random_plan(block: int) -> BlockPlan:
-    own, n = torch.Generator().manual_seed(0), _FAR // block
-    mask = torch.rand(_HEADS, n, n, generator=own, dtype=torch.float32, device="cpu") < _DENSITY
+    generator, n = torch.Generator().manual_seed(0), _FAR // block
+    mask = (
+        torch.rand(_HEADS, n, n, generator=generator, dtype=torch.float32, device="cpu") < _DENSITY
+    )
     mask |= torch.eye(n, dtype=torch.bool, device="cpu")
     return BlockPlan.from_block_mask(mask, block_q=block, block_k=block)
 
@@ -251,23 +254,23 @@ def _rate(call: float, points: Sequence[tuple[float, float, float]]) -> Rate:
 def of_this_machine(dtype: torch.dtype) -> CostModel:
     """The cost model for PyTorch's present number of threads: from the cache, or measured.
 
-    A file that is damaged, about something else or another user's is measured anew; a cache folder
-    that cannot be written is no error, but warned of once.
+    A cache file that is damaged, of another set-up or of another user is ignored and measured anew;
+    a cache folder that cannot be written gives one warning.
     """
     return _of_this_machine(dtype, torch.get_num_threads())
 
 
 @functools.lru_cache(None)
 def _of_this_machine(dtype: torch.dtype, threads: int) -> CostModel:
-    about = _machine(dtype, threads)
-    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    setup = _machine(dtype, threads)
+    digest = hashlib.sha256(json.dumps(setup).encode()).hexdigest()[:16]
     path = cache_folder() / "costs" / f"{digest}.json"
-    known = _read(path, about)
-    if known is not None:
-        return known
+    cached = _read(path, setup)
+    if cached is not None:
+        return cached
     costs = measure(dtype)
     try:
-        _write(path, {"machine": about, "costs": costs.to_dict()})
+        _write(path, {"machine": setup, "costs": costs.to_dict()})
     except OSError as error:
         _warn_unwritable(f"{error}")
     return costs
@@ -292,15 +295,15 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _read(path: Path, about: Mapping[str, Any]) -> CostModel | None:
+def _read(path: Path, setup: Mapping[str, Any]) -> CostModel | None:
     try:
         if not only_ours(path):
             return None
         content = read_json(path)
-        if content["machine"] != about:
+        if content["machine"] != setup:
             return None
         return CostModel.from_dict(content["costs"])
-    except (OSError, ValueError, KeyError, TypeError):  # none there, or not one of ours
+    except (OSError, ValueError, KeyError, TypeError):  # no file, or not a cost model
         return None
 
 
@@ -316,8 +319,8 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 @functools.lru_cache(1)
 def _warn_unwritable(error: str) -> None:
     warnings.warn(
-        f"sparse_patch: cannot keep what attention costs on this machine ({error}); every process "
-        "measures it anew, a few seconds. Set SPARSE_PATCH_CACHE to a folder that can be written.",
+        f"sparse_patch: cannot store the measured costs of attention ({error}), so every process "
+        "measures them anew, in a few seconds. Set SPARSE_PATCH_CACHE to a writable folder.",
         UserWarning,
         stacklevel=2,
     )

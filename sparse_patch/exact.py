@@ -1,8 +1,8 @@
 """Exact attention for every call that is not sparse: soft caps, sinks, windows, biases, any mask.
 
-Own code rather than Transformers' SDPA wrapper, because that one raises on a soft cap, ignores
-sinks and sliding windows, and aligns queries to the first keys when they are fewer than the keys.
-Differentiable; memory is bounded by working through the query rows in chunks.
+Not Transformers' SDPA wrapper, which raises on a soft cap, ignores sinks and sliding windows, and
+aligns queries to the first keys when they are fewer than the keys. Differentiable; memory is
+bounded by working through the query rows in chunks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Scores, or mask entries, of one chunk of query rows, in elements.
 _CHUNK_ELEMENTS = 1 << 26
-# Bounds of the query rows that go together where each sees few keys only.
+# Bounds on the query rows per chunk where each row sees few keys.
 _LEAST_ROWS, _MOST_ROWS = 64, 1024
 
 
@@ -57,7 +57,7 @@ class Exact:
             mask: `[batch, heads or 1, q_len, kv_len]`, bool (True: visible) or float (added to the
                 logits); it replaces `causal`.
             first: int64 `[q_len]`, on the CPU: the first key that each row sees (of a sliding
-                window, say), from there to itself. Takes time and memory by the keys seen.
+                window, say), from there to itself. Time and memory grow with the keys seen.
 
         Returns:
             `[batch, heads, q_len, v_dim]`; rows that see nothing are 0.
@@ -75,28 +75,28 @@ class Exact:
             return self._sdpa(q, k, v, mask, is_causal=hidden)
         parts = []
         for rows in self._chunks(q, kv_len, first, plain):
-            keys, seen = slice(0, kv_len), None
+            keys, visible = slice(0, kv_len), None
             if mask is not None:
-                seen = mask[:, :, rows]
+                visible = mask[:, :, rows]
             elif self.causal:
-                keys, seen = _causal(rows, q_len, kv_len, first, q.device)
+                keys, visible = _causal(rows, q_len, kv_len, first, q.device)
             part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
             if plain:
-                parts.append(self._sdpa(*part, seen))
+                parts.append(self._sdpa(*part, visible))
                 continue
             bias, sinks = self.bias, self.sinks
             if bias is not None:
                 bias = bias.expand(-1, -1, q_len, -1)[:, :, rows, keys]
             if sinks is not None and sinks.ndim > 1:
                 sinks = sinks[:, :, rows]
-            parts.append(self._explicit(*part, seen, bias, sinks))
+            parts.append(self._explicit(*part, visible, bias, sinks))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _chunks(self, q: Tensor, kv_len: int, first: Tensor | None, plain: bool) -> Iterator[slice]:
         """Query rows to work through at once, so that memory stays bounded."""
         q_len, keys, most = q.shape[2], kv_len, q.shape[2]
         if first is not None:
-            # As many rows as each sees keys: twice the keys of a row are loaded, no more.
+            # As many rows as each sees keys, so that at most twice the keys of a row are loaded.
             widest = int((torch.arange(kv_len - q_len, kv_len) - first).max()) + 1
             most = max(_LEAST_ROWS, min(widest, _MOST_ROWS))
             keys = min(kv_len, widest + most)
@@ -170,12 +170,12 @@ class Exact:
 def _causal(
     rows: slice, q_len: int, kv_len: int, first: Tensor | None, device: torch.device
 ) -> tuple[slice, Tensor]:
-    """The keys that some rows see between them, and bool `[rows, keys]`: who sees which."""
+    """The keys that any of these rows sees, and bool `[rows, keys]`: which row sees which."""
     end = kv_len - q_len + rows.stop
     begin = 0 if first is None else int(first[rows].min())
     row = torch.arange(end - (rows.stop - rows.start), end, device=device)[:, None]
     key = torch.arange(begin, end, device=device)
-    seen = key <= row
+    visible = key <= row
     if first is not None:
-        seen = seen & (key >= first[rows].to(device)[:, None])
-    return slice(begin, end), seen
+        visible = visible & (key >= first[rows].to(device)[:, None])
+    return slice(begin, end), visible

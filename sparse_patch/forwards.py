@@ -1,7 +1,8 @@
-"""What is seen of a patched decoder's forward from outside: hooks that open and close it.
+"""Hooks around a patched decoder's forward and its attention modules.
 
-Before: what cannot be answered is refused, and packed sequences are found, which the mask has to
-know of. After: was every patched layer asked? Around an attention module: which cache it steps.
+Before a forward, unsupported requests are refused, and packed sequences are found for the mask.
+After it, a warning tells which patched layers were not called. Around an attention module, the
+cache of a decode step is noted.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from .sequences import CausalMask
 
 @dataclass
 class _Forward:
-    """A forward of `decoder` that runs.
+    """A running forward of `decoder`.
 
     Attributes:
-        asked: its layers, and how often each had been asked before.
-        outer: what `PACKING` said before.
+        asked: its layers, and how often each had been called before.
+        outer: the earlier state of `PACKING`.
     """
 
     decoder: PreTrainedModel
@@ -58,7 +59,7 @@ def hook_decoder(decoder: PreTrainedModel) -> list[Any]:
 
 
 def hook_steps(module: nn.Module) -> list[Any]:
-    """Hooks of an attention module whose method remembers from one decode step to the next."""
+    """Hooks of an attention module whose method keeps memories between decode steps."""
     return [
         module.register_forward_pre_hook(_step_begins, with_kwargs=True),
         module.register_forward_hook(_step_ends, with_kwargs=True, always_call=True),
@@ -95,8 +96,8 @@ def _after(decoder: PreTrainedModel, args: Any, output: Any) -> None:
     if unheard:
         raise RuntimeError(
             "sparse_patch: packed sequences were given (cu_seq_lens_q, seq_idx, or position_ids "
-            "that start anew), but this model makes its masks without asking for ours, so they "
-            "have seen one another. Give it one sequence at a time."
+            "that start anew), but this model makes its masks without our mask function, so the "
+            "sequences have seen one another. Give it one sequence at a time."
         )
     book = book_of(decoder)
     silent = [state for state, asked in forward.asked if state.asked == asked]
@@ -106,7 +107,7 @@ def _after(decoder: PreTrainedModel, args: Any, output: Any) -> None:
 
 @functools.cache
 def _parameters(cls: Any) -> tuple[str, ...]:
-    """What the positional arguments of a decoder's forward are called."""
+    """Names of the positional arguments of a decoder's forward."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
@@ -118,48 +119,48 @@ def _warn_not_asked(book: Book, silent: list[LayerState]) -> None:
         if not is_ours(config)
     }
     why = (
-        f"the model's config says attn_implementation={min(map(str, names))!r} by now. Patch the "
-        "model again to have it sparse."
+        f"the model's config was changed to attn_implementation={min(map(str, names))!r}. Patch "
+        "the model again to run it sparse."
         if names
-        else "unless they were skipped on purpose, another library replaced what they run, and "
+        else "unless they were skipped on purpose, another library replaced their forward, and "
         "answers to padded prompts or with a cache may be wrong. Unpatch the model."
     )
     layers = sorted({state.layer for state in silent})
     silent[0].options.say_once(
-        "not asked", f"layers {layers} did not ask for attention in this forward: {why}"
+        "not asked", f"layers {layers} did not call our attention in this forward: {why}"
     )
 
 
-def _packed_starts(given: dict[str, Any]) -> Tensor | None:
-    """int64 `[batch, q_len]`, on the CPU: where the sequence of each token begins; None: the
-    arguments of this forward speak of one sequence a row.
+def _packed_starts(arguments: dict[str, Any]) -> Tensor | None:
+    """int64 `[batch, q_len]`, on the CPU: where the sequence of each token begins; None: one
+    sequence per row.
 
     Raises:
-        ValueError: packed sequences that go on from a cache, or whose arguments contradict.
+        ValueError: packed sequences continue a cache, or their arguments contradict one another.
     """
-    begins = _begins(given)
+    begins = _begins(arguments)
     if begins is None:
         return None
-    cache = _cache_in(given.values())
+    cache = _cache_in(arguments.values())
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
             "sparse_patch: packed sequences (cu_seq_lens_q, seq_idx, or position_ids that start "
-            f"anew) cannot go on from a cache, which holds {cache.get_seq_length()} tokens of "
-            "others; give them without past_key_values, or one sequence at a time"
+            f"anew) cannot continue a cache, which holds {cache.get_seq_length()} tokens of other "
+            "sequences; give them without past_key_values, or one sequence at a time"
         )
     return starts_of(begins)
 
 
-def _begins(given: dict[str, Any]) -> Tensor | None:
-    """bool `[batch, q_len]`, on the CPU: where packed sequences begin, but for the first."""
-    tokens = given.get("input_ids")
-    tokens = given.get("inputs_embeds") if tokens is None else tokens
-    mask, ends = given.get("attention_mask"), given.get("cu_seq_lens_q")
+def _begins(arguments: dict[str, Any]) -> Tensor | None:
+    """bool `[batch, q_len]`, on the CPU: where packed sequences after the first begin."""
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    mask, ends = arguments.get("attention_mask"), arguments.get("cu_seq_lens_q")
     if not isinstance(tokens, Tensor) or not (mask is None or _is_padding(mask)):
-        return None  # a mask that is ready says it all
+        return None  # a finished mask already says it
     batch, length = tokens.shape[:2]
     if ends is not None and len(ends) > 2:
-        keys = given.get("cu_seq_lens_k")
+        keys = arguments.get("cu_seq_lens_k")
         if batch != 1 or not (keys is None or torch.equal(keys, ends)) or int(ends[-1]) > length:
             raise ValueError(
                 f"sparse_patch: cu_seq_lens_q={ends.tolist()} must be of one row of {length} "
@@ -168,7 +169,7 @@ def _begins(given: dict[str, Any]) -> Tensor | None:
         begins = torch.zeros(1, length + 1, dtype=torch.bool)
         begins[0, ends.long().cpu()] = True
         return begins[:, :length]
-    index, positions = given.get("seq_idx"), given.get("position_ids")
+    index, positions = arguments.get("seq_idx"), arguments.get("position_ids")
     if isinstance(index, Tensor) and index.shape[1:] == (length,):
         begins = index.diff(prepend=index[:, :1]) != 0
     elif isinstance(positions, Tensor) and positions.shape[1:] == (length,):
@@ -201,16 +202,17 @@ def _step_ends(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
 
 
 def _cached_keys(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """The keys that the cache of this call holds for this layer, where it only ever appends."""
+    """The keys that this call's cache holds for this layer, if it is a cache that only appends."""
     cache = _cache_in((*args, *kwargs.values()))
     layer = getattr(module, "layer_idx", None)
     if cache is None or type(layer) is not int or not 0 <= layer < len(cache.layers):
         return None
-    held = cache.layers[layer]
-    keys = held.keys if type(held) is DynamicLayer else None
+    cached = cache.layers[layer]
+    keys = cached.keys if type(cached) is DynamicLayer else None
     return keys if isinstance(keys, Tensor) else None
 
 
 def _cache_in(arguments: Iterable[Any]) -> Cache | None:
-    """Found by what it is: its argument is `past_key_values`, from Transformers 5.24 on `cache`."""
-    return next((one for one in arguments if isinstance(one, Cache)), None)
+    """The cache, found by type: the argument is `past_key_values`, from Transformers 5.24 on
+    `cache`."""
+    return next((value for value in arguments if isinstance(value, Cache)), None)

@@ -1,4 +1,4 @@
-"""What a ranking of blocks loses on rows that it was not made from."""
+"""Attention that a ranking of blocks loses on rows that it was not made from."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def ranking_loss(
 ) -> Tensor:
     """What the rows of a sample lose when only the first n of their ranked blocks are kept.
 
-    The sample is every `stride`-th query, half a stride after the multiples of it: rows that a
-    ranking made from those multiples has not seen.
+    The sample is every `stride`-th query, half a stride after the multiples: rows that a ranking
+    made from the multiples has not seen.
 
     Args:
         q: `[heads, q_len, dim]`, the last rows of the sequence.
         k: `[kv_heads, kv_len, dim]`.
         order: int32 `[lists, rows, blocks]`, as `selection.rank` makes it.
         block_q, block_k: tokens per query block and per key block.
-        stride: take every so many queries.
+        stride: step between sampled queries.
 
     Returns:
         float32 `[heads, blocks]`: entry n - 1 is the root mean square, over the sampled rows, of
@@ -34,9 +34,9 @@ def ranking_loss(
     rows, block_of = sampled_rows(q_len, offset, block_q, stride, stride // 2, q.device)
     step = max(1, TILE_ELEMENTS // (heads * blocks))
     for first in range(0, len(rows), step):
-        some, block = rows[first : first + step], block_of[first : first + step]
-        mass = pooled_rows(q, k, scale, some, some + offset + 1, width=block_k)
-        # Key blocks past the last of these query blocks are ranked after all that they see.
+        tile, block = rows[first : first + step], block_of[first : first + step]
+        mass = pooled_rows(q, k, scale, tile, tile + offset + 1, width=block_k)
+        # Key blocks past the last of these query blocks are ranked after all visible ones.
         end = (offset // block_q + int(block[-1]) + 1) * block_q
         add_losses(squares, mass, order[:, block, : -(-end // block_k)])
     return (squares / len(rows)).sqrt_()
@@ -56,11 +56,11 @@ def scores_and_loss(
 ) -> tuple[Tensor, Tensor]:
     """`token_scores` of every `stride`-th query, and what a ranking by half of them loses.
 
-    In one pass: the ranking is made from every second row of the sample, and `ranking_loss` is
-    that of the rows between.
+    In one pass: the ranking is made from every second row of the sample and tested on the rows
+    between.
 
     Args:
-        q, k, scale, block, block_k, reduce: as for `token_scores`; `reduce` is no "max".
+        q, k, scale, block, block_k, reduce: as for `token_scores`; `reduce` is not "max".
         allowed, forced: bool `[rows, blocks]`, as for `rank`.
 
     Returns:
@@ -71,20 +71,20 @@ def scores_and_loss(
     shape = heads, -(-kv_len // block) - offset // block, -(-kv_len // block_k)
     samples = [(stride, 0), (2 * stride, 0), (2 * stride, stride)]  # all, to rank by, to test on
     taken = torch.zeros(3, q_len, dtype=torch.bool, device=device)
-    for which, (every, shift) in enumerate(samples):
-        taken[which, sampled_rows(q_len, offset, block, every, shift, device)[0]] = True
+    for sample, (spacing, shift) in enumerate(samples):
+        taken[sample, sampled_rows(q_len, offset, block, spacing, shift, device)[0]] = True
     rows = taken.any(0).nonzero()[:, 0]
     block_of = (rows + offset) // block - offset // block
     result = torch.empty(shape, device=device)
     squares = torch.zeros(heads, shape[2], device=device)
     step = max(1, TILE_ELEMENTS // (heads * shape[2] * (-(-block // stride) + 1)))
     for first in range(0, shape[1], step):
-        here = slice(first, first + step)
-        some = rows[(block_of >= first) & (block_of < first + step)]
-        mass = pooled_rows(q, k, scale, some, some + offset + 1, width=block_k)
-        index = (some + offset) // block - offset // block - first
-        result[:, here], losses = rank_and_test(
-            mass, index, taken[:, some], allowed[here], forced[here], reduce=reduce
+        row_blocks = slice(first, first + step)
+        tile = rows[(block_of >= first) & (block_of < first + step)]
+        mass = pooled_rows(q, k, scale, tile, tile + offset + 1, width=block_k)
+        index = (tile + offset) // block - offset // block - first
+        result[:, row_blocks], losses = rank_and_test(
+            mass, index, taken[:, tile], allowed[row_blocks], forced[row_blocks], reduce=reduce
         )
         squares += losses
     return result, (squares / int(taken[2].sum())).sqrt_()

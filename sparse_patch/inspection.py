@@ -1,11 +1,11 @@
 """What a method keeps and loses on one prompt: head by head, row by row, as numbers and as maps.
 
-Every layer is judged on the dense model's own activations: exact attention goes on to the next one,
-so that a layer is not blamed for what earlier ones did. What all of them do together shows in the
-next token's distribution, from a prefill of its own.
+Every layer is judged on the dense model's own activations: each layer's exact output goes on to the
+next, so no layer is blamed for earlier ones. Their joint effect shows in the next token's
+distribution, from a prefill of its own.
 
-Truth is computed for a sample of query rows, a few at a time: `[rows, kv_len]` per head, nothing of
-q_len x kv_len.
+Exact attention is computed for a sample of query rows, a few at a time: memory is `[rows, kv_len]`
+per head, never q_len x kv_len.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class LayerView:
 
     Attributes:
         layer: its index in the model.
-        exact: why the method would not run here; None where it did.
-        heads: one a query head; none where the layer runs exact.
-        plan_seconds, op_seconds: what choosing, and attending to what was chosen, took.
-        mass: float32 `[heads, bands, bands]`, share of a row's attention that lies in each band of
-            keys, mean over the judged rows of each band of queries; None where the layer is exact.
-        lost: the part of `mass` that the plan does not show.
-        kept: share of the (row, key) pairs that the plan shows, of those that are causal.
+        exact: why the layer ran exact; None where the method ran.
+        heads: one per query head; empty where the layer runs exact.
+        plan_seconds, op_seconds: time of choosing keys, and of attending to them.
+        mass: float32 `[heads, bands, bands]`, share of a row's attention in each band of keys, mean
+            over the judged rows of each band of queries; None where the layer is exact.
+        lost: the part of `mass` that the plan leaves out.
+        kept: share of the causal (row, key) pairs that the plan keeps.
     """
 
     layer: int
@@ -74,29 +74,29 @@ class LayerView:
     @property
     def density(self) -> float:
         """Kept / causal, mean over heads; 1 where the layer is exact."""
-        return statistics.fmean(one.density for one in self.heads) if self.heads else 1.0
+        return statistics.fmean(head.density for head in self.heads) if self.heads else 1.0
 
     @property
     def recall(self) -> float:
         """Attention mass kept, mean over heads; 1 where the layer is exact."""
-        return statistics.fmean(one.recall for one in self.heads) if self.heads else 1.0
+        return statistics.fmean(head.recall for head in self.heads) if self.heads else 1.0
 
     @property
     def error(self) -> float:
         """Relative error of the output, mean over heads; 0 where the layer is exact."""
-        return statistics.fmean(one.error for one in self.heads) if self.heads else 0.0
+        return statistics.fmean(head.error for head in self.heads) if self.heads else 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What `inspect` found. `print` shows a table; `to_dict()` is JSON-ready, without the maps.
+    """Result of `inspect`. `print` shows a table; `to_dict()` is JSON-ready, without the maps.
 
     Attributes:
-        method: as it prints.
-        tokens: of the prompt.
+        method: its repr.
+        tokens: length of the prompt.
         rows: query rows judged per head.
         band: tokens per band of the maps.
-        layers: every layer that was looked at.
+        layers: every inspected layer.
         kl: KL(dense || sparse) of the next token, nats.
         dense_token, sparse_token: ids of the most likely next token.
         dense_seconds, sparse_seconds: time-to-first-token, one prefill each.
@@ -115,28 +115,28 @@ class Inspection:
 
     @property
     def density(self) -> float:
-        """Kept / causal, mean over the layers looked at."""
+        """Kept / causal, mean over the inspected layers."""
         return statistics.fmean(layer.density for layer in self.layers)
 
     @property
     def recall(self) -> float:
-        """Attention mass kept, mean over the layers looked at."""
+        """Attention mass kept, mean over the inspected layers."""
         return statistics.fmean(layer.recall for layer in self.layers)
 
     @property
     def plan_seconds(self) -> float:
-        """What choosing takes, all layers."""
+        """Seconds of choosing keys, all layers."""
         return sum(layer.plan_seconds for layer in self.layers)
 
     @property
     def op_seconds(self) -> float:
-        """What attending to what was chosen takes, all layers."""
+        """Seconds of attending to the chosen keys, all layers."""
         return sum(layer.op_seconds for layer in self.layers)
 
     def worst_heads(self, count: int = 10) -> list[tuple[int, HeadView]]:
         """(layer, head) of the heads that lose most attention, the worst first."""
-        every = [(layer.layer, head) for layer in self.layers for head in layer.heads]
-        return sorted(every, key=lambda one: one[1].recall)[:count]
+        heads = [(layer.layer, head) for layer in self.layers for head in layer.heads]
+        return sorted(heads, key=lambda pair: pair[1].recall)[:count]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -184,7 +184,7 @@ class Inspection:
                 f"{layer.error:>7.3f}  {layer.exact or ''}"
             )
         lines.append(f"{'all':>5} {self.density:>7.3f} {self.recall:>7.3f}")
-        same = "the same" if self.dense_token == self.sparse_token else "another"
+        same = "same as dense" if self.dense_token == self.sparse_token else "differs from dense"
         lines.append(f"next token: {same}, KL {self.kl:.4f} nats")
         lines.append(
             f"seconds: dense {self.dense_seconds:.2f}, sparse {self.sparse_seconds:.2f}, of which "
@@ -207,51 +207,51 @@ def inspect(
     """Show what a method keeps and loses on a prompt. Takes about three dense prefills.
 
     Args:
-        model: see `patch`; patched or not, it is left as it was.
+        model: see `patch`; an earlier patch stays as it was.
         inputs: token ids `[1, length]`, or what a tokenizer returns for one sequence.
-        method: a name or a method object; default: that of the model's latest patch.
+        method: a name or a method object; default: the method of the model's latest patch.
         rows: query rows judged per head, spread evenly; 0: all.
-        resolution: bands that the maps have on each side.
+        resolution: number of bands on each side of a map.
         min_length: see `patch`.
-        on_layer: called with the index of each layer that is done, for a progress bar.
-        options: those of `patch`, and the method's parameters.
+        on_layer: called with the index of each finished layer, for a progress bar.
+        options: other arguments of `patch`, and the method's parameters.
 
     Raises:
-        ValueError: no method is named and the model is not patched; more than one sequence, none,
-            or padding; what `patch` refuses.
+        ValueError: no method is named and the model is not patched; the input is not one unpadded
+            sequence; or `patch` raises it.
     """
     if rows < 0 or resolution < 1:
         raise ValueError(f"rows={rows} must be 0 (all) or more, resolution={resolution} at least 1")
-    given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
-    ids = given["input_ids"]
+    arguments = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+    ids = arguments["input_ids"]
     if ids.ndim != 2 or len(ids) != 1 or not ids.shape[1]:
         raise ValueError(
-            "inspect: input_ids must be [1, length], one sequence of a token or more; got "
+            "inspect: input_ids must be [1, length], one sequence of at least one token; got "
             f"{list(ids.shape)}"
         )
-    mask = given.get("attention_mask")
+    mask = arguments.get("attention_mask")
     if mask is not None and not bool((mask != 0).all()):
         raise ValueError("inspect: this sequence is padded; give it without its padding")
     chosen = latest_method(model) if method is None else method
-    eye = _Eye(ids.shape[1], rows, resolution, on_layer)
+    observer = _LayerObserver(ids.shape[1], rows, resolution, on_layer)
     with torch.inference_mode():
         with patch(model, "dense", min_length=0):
-            dense, dense_seconds = _prefill(model, given)
+            dense, dense_seconds = _prefill(model, arguments)
         with patch(model, chosen, min_length=min_length, min_queries=0, **options) as handle:
-            sparse, sparse_seconds = _prefill(model, given)
-            handle.observe(eye.look)
-            _prefill(model, given)
-    seen = {view.layer: view for view in eye.views}
+            sparse, sparse_seconds = _prefill(model, arguments)
+            handle.observe(observer.look)
+            _prefill(model, arguments)
+    judged = {view.layer: view for view in observer.views}
     views = [
-        seen.get(report.layer, LayerView(report.layer, ", ".join(report.exact) or "in chunks"))
+        judged.get(report.layer, LayerView(report.layer, ", ".join(report.exact) or "in chunks"))
         for report in handle.report().layers
     ]
     log_p, log_q = dense.log_softmax(-1), sparse.log_softmax(-1)
     return Inspection(
         method=repr(handle.method),
         tokens=ids.shape[1],
-        rows=eye.n_rows,
-        band=eye.band,
+        rows=observer.n_rows,
+        band=observer.band,
         layers=tuple(views),
         kl=float((log_p.exp() * (log_p - log_q)).sum()),
         dense_token=int(dense.argmax()),
@@ -269,8 +269,8 @@ def _prefill(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, fl
     return logits, time.perf_counter() - start
 
 
-class _Eye:
-    """Stands in for the attention of each layer: attends exactly, and notes what sparse would do.
+class _LayerObserver:
+    """Observer of each layer: returns exact attention, and records what sparse attention would do.
 
     Attributes:
         views: of the layers so far.
@@ -286,7 +286,7 @@ class _Eye:
         self.band = max(1, -(-tokens // resolution))
         bands = -(-tokens // self.band)
         per_band = self.band if rows == 0 else max(1, min(self.band, rows // bands))
-        # Evenly in each band, its last row included: what a prompt ends with is what is asked.
+        # Evenly in each band, its last row included: a prompt ends with its question.
         steps = (torch.arange(1, per_band + 1) * self.band // per_band) - 1
         self._positions = [
             (first + steps)[first + steps < tokens] for first in range(0, tokens, self.band)
@@ -302,7 +302,7 @@ class _Eye:
     ) -> Tensor:
         """See `layer.Observer`: the exact output goes on to the next layer."""
         exact = call.attend(q[None], k[None], v[None])[0]
-        if q.shape[1] != self._tokens:  # a chunk of it
+        if q.shape[1] != self._tokens:  # a chunk of the prompt
             return exact
         assert run.plan is not None
         assert run.out is not None
@@ -328,17 +328,19 @@ class _Eye:
         kept_rows = []
         for band, positions in enumerate(self._positions):
             rows = positions.to(q.device)
-            probs, seen = self._truth(q, k, plan, call, rows)
-            kept_rows.append((probs * seen).sum(-1))
+            probs, visible = self._truth(q, k, plan, call, rows)
+            kept_rows.append((probs * visible).sum(-1))
             causal = torch.arange(probs.shape[2], device=q.device) <= rows[:, None]
             maps[0, :, band] = self._by_band(probs).mean(1)
-            maps[1, :, band] = self._by_band(probs * ~seen).mean(1)
+            maps[1, :, band] = self._by_band(probs * ~visible).mean(1)
             pairs = self._by_band(causal.float()).sum(0)
-            maps[2, :, band] = self._by_band(seen.float()).sum(1) / pairs.clamp(min=1)
+            maps[2, :, band] = self._by_band(visible.float()).sum(1) / pairs.clamp(min=1)
         recall = torch.cat(kept_rows, 1)
-        every = torch.cat(self._positions)
-        wrong = (out[:, every].float() - exact[:, every].float()).norm(dim=(1, 2))
-        error = wrong / exact[:, every].float().norm(dim=(1, 2)).clamp(min=1e-30)
+        positions_judged = torch.cat(self._positions)
+        wrong = (out[:, positions_judged].float() - exact[:, positions_judged].float()).norm(
+            dim=(1, 2)
+        )
+        error = wrong / exact[:, positions_judged].float().norm(dim=(1, 2)).clamp(min=1e-30)
         worst, at = recall.min(1)
         density = plan.head_density().repeat_interleave(heads // plan.heads)
         views = [
@@ -347,7 +349,7 @@ class _Eye:
                 density=float(density[head]),
                 recall=float(recall[head].mean()),
                 worst_recall=float(worst[head]),
-                worst_row=int(every[at[head]]),
+                worst_row=int(positions_judged[at[head]]),
                 error=float(error[head]),
             )
             for head in range(heads)
@@ -358,8 +360,9 @@ class _Eye:
     def _truth(
         self, q: Tensor, k: Tensor, plan: BlockPlan, call: Call, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Dense probabilities float32 `[heads, rows, keys]`, keys up to the last row, and which of
-        them the plan shows. Keys that enter in pooled groups only do not count as shown."""
+        """Dense probabilities float32 `[heads, rows, keys]`, keys up to the last row, and bool of
+        that
+        shape: which keys the plan shows. Keys in pooled groups do not count as shown."""
         end = int(rows[-1]) + 1
         heads, _, dim = q.shape
         key = torch.arange(end, device=q.device)

@@ -1,11 +1,11 @@
 """A patched layer: each sequence of a call is decided on, run and recorded, in this order.
 
-    attend       a whole call, sequence by sequence
-    run_sparse   one sequence: plan -> op
-    record       what came of it
+    attend_batch   a whole call, sequence by sequence
+    run_sparse     one sequence: plan -> op
+    record         count the result
 
-Padding is taken out and packed sequences are taken apart, so that every sequence gets the answer it
-would get alone.
+Padding is removed and packed sequences are split, so that every sequence gets the answer it would
+get alone.
 """
 
 from __future__ import annotations
@@ -38,16 +38,15 @@ from .sequences import Span, spans_of, visible_to_last
 
 @dataclass
 class Run:
-    """What came of one sequence.
+    """The result of one sequence.
 
     Attributes:
-        reason: why it ran exact, a key of routing.REASONS; None: it ran sparse.
-        plan: the method's, if it made one.
-        out: `[heads, q_len, v_dim]`, where the plan was run.
-        planning, attending, exact: seconds that these took, on the CPU; None: it did not come to
-            that.
+        reason: why it ran exact, a key of routing.REASONS; None if it ran sparse.
+        plan: the method's plan, if it made one.
+        out: `[heads, q_len, v_dim]`, if the plan was run.
+        planning, attending, exact: seconds of each, on the CPU; None if it did not run.
         density: kept / causal of a plan that was run, mean over heads.
-        recall: attention mass kept, where that is measured.
+        recall: attention mass kept, if it is measured.
         decodes: is it a decode step?
     """
 
@@ -66,7 +65,7 @@ class Run:
 class LayerStats:
     """Counts of one layer; a call is one sequence in one forward. `sparse` is prefill only.
 
-    Sums of densities stay on the device that they are counted on: to read them would wait for it.
+    Sums of densities stay on their device, because reading them would wait for it.
     """
 
     sparse: int = 0
@@ -92,11 +91,11 @@ class LayerStats:
                 self.measured += 1
 
 
-# Names this process's layers in graphs, so that one that was saved elsewhere is told from ours.
+# Handles are random, so that one in a graph saved by another process matches no layer here.
 _HANDLE_BITS = 62
 
-# Sees a layer, the q, k, v and call of a sequence, and what running the method on it gave; returns
-# the output to go on with.
+# Gets a layer, the q, k, v and call of a sequence, and the method's result; returns the output to
+# go on with.
 Observer = Callable[["LayerState", Tensor, Tensor, Tensor, Call, Run], Tensor]
 
 _by_handle: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
@@ -104,11 +103,12 @@ _by_handle: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDict
 
 @dataclass
 class LayerState:
-    """What a patched attention module carries; method None keeps the layer dense.
+    """State of a patched attention module; method None keeps the layer dense.
 
     `asked` counts the calls that reached this layer's attention. `number` names this object in
-    recorded graphs, which hold tensors and numbers only; in compiled ones as the tensor `handle`,
-    since a number would be a constant, and every layer a graph of its own. A copy gets another.
+    recorded graphs, which hold only tensors and numbers; compiled graphs hold it as the tensor
+    `handle`, since a number would be a constant and every layer a graph of its own. A copy gets a
+    new number.
     """
 
     layer: int
@@ -135,13 +135,13 @@ class LayerState:
         """The object of that handle.
 
         Raises:
-            RuntimeError: it is gone: a graph outlived the patch it was compiled with.
+            RuntimeError: the graph outlived the patch it was compiled with.
         """
         state = _by_handle.get(handle)
         if state is None:
             raise RuntimeError(
-                "sparse_patch: this compiled graph belongs to a patch that is no more; compile the "
-                "model again, after patching"
+                "sparse_patch: this compiled graph belongs to a removed patch; compile the model "
+                "again, after patching"
             )
         return state
 
@@ -150,13 +150,13 @@ class LayerState:
         return decodes_sparsely(self.method)
 
     def record(self, run: Run) -> None:
-        """Count what came of a sequence, and say what a user may not expect."""
+        """Count the result of a sequence, and warn of exact calls that a user may not expect."""
         self.stats.record(run)
         if run.reason is not None:
             self.options.warn_once(run.reason)
 
     def clock(self, device: torch.device) -> Callable[[], float]:
-        """Seconds, of any origin; an observer gets them of the device, others of the host."""
+        """A clock in seconds; with an observer it waits for the device first."""
         if self.observer is None or device.type != "cuda":
             return time.perf_counter
 
@@ -173,9 +173,9 @@ def attend_batch(
     """A whole call.
 
     Args:
-        state: of the layer; None: all exact, and not counted.
+        state: the layer's; None: all exact, and not counted.
         q: `[batch, heads, q_len, dim]`; k, v: `[batch, kv_heads, kv_len, ...]`.
-        mask: `[batch, kv_len]` (see `sequences`) or 4-D; None: nothing but causality hides keys.
+        mask: `[batch, kv_len]` (see `sequences`) or 4-D; None: causal, nothing else.
 
     Returns:
         `[batch, q_len, heads, v_dim]`; padded rows are 0.
@@ -228,7 +228,7 @@ def _attend_span(
     bill = state.options.bill(state.layer, q, k, v, call)
     decodes, step = q.shape[1] == 1 and state.sparse_decode, state.memories.step
     memory = step.memory(row, k.shape[1]) if decodes else None
-    new = k if memory is None else k[:, -1:]  # earlier steps have looked at the earlier keys
+    new = k if memory is None else k[:, -1:]  # earlier steps have checked the earlier keys
     run = Run(why_sequence_exact(state.options, q, k, new, bill))
     if run.reason is None:
         run, memory = run_sparse(state, q, k, v, call, bill, memory, decodes)
@@ -253,17 +253,17 @@ def run_sparse(
 ) -> tuple[Run, Any]:
     """Choose keys, and attend to them.
 
-    Methods choose by the plain logits: a soft cap keeps their order, and sinks take the same from
-    every key of a row. On a GPU nobody has looked whether q and k are finite: if they are not, all
-    of the output becomes NaN, so that nothing hides what is broken.
+    Methods choose by the plain logits: a soft cap keeps their order, and sinks scale all keys of a
+    row alike. On a GPU, q and k have not been checked for finite values: if any is not finite, the
+    whole output becomes NaN, so that the error shows.
 
     Args:
         q: `[heads, q_len, dim]`; k, v: `[kv_heads, kv_len, ...]`; one causal sequence.
         bill: may find that the plan does not pay.
-        memory: of the decode step before; `decodes`: this is one.
+        memory: of the previous decode step; `decodes`: this is a decode step.
 
     Returns:
-        What came of it, and the memory for the next step.
+        The result, and the memory for the next step.
     """
     method, options = state.method, state.options
     assert method is not None
@@ -304,7 +304,7 @@ def run_sparse(
 
 
 def _run_exact(run: Run, q: Tensor, k: Tensor, v: Tensor, call: Call, bill: Bill | None) -> Tensor:
-    """`[heads, q_len, v_dim]`; on a bill, in the faster of two ways, and timed."""
+    """`[heads, q_len, v_dim]`; with a bill, by the faster of two ways, and timed."""
     clock = time.perf_counter if bill is None else bill.clock
     started = clock()
     if bill is not None and bill.exact_by_op:

@@ -1,6 +1,6 @@
-"""Vertical and slash lines: which a probe asks for, and the runs that hold them (MInference).
+"""Vertical and slash lines: which ones a probe selects, and the runs that hold them (MInference).
 
-A line is a key column that every query keeps, or a distance between query and key that does.
+A line is a key column, or a distance between query and key, that every query keeps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .selection import top_mask
 
-# First columns and shortest distances that come before any other, and the fewest of each.
+# First columns and shortest distances that are chosen first, and the minimum number of each.
 _FORCED_COLUMNS, _LEAST_COLUMNS = 30, 30
 _FORCED_SLASHES, _LEAST_SLASHES = 100, 50
 
@@ -22,8 +22,8 @@ def top_lines(
 ) -> tuple[Tensor, Tensor]:
     """The columns and distances that hold most of a probe's attention.
 
-    The first 30 columns and the nearest 100 distances come first; where a head asks for fewer, the
-    lowest of them, so distance 0 is always in.
+    The first 30 columns and the nearest 100 distances are chosen first; where a head keeps fewer,
+    the lowest of them, so distance 0 is always kept.
 
     Args:
         q: `[heads, n_probe, dim]`, the last rows of the sequence.
@@ -50,9 +50,9 @@ def line_runs(columns: Tensor, slashes: Tensor, q_len: int, block: int) -> tuple
     """Tiles that cover every chosen distance, and the chosen columns that no tile holds.
 
     A query block of the positions `[end - block, end)` needs, for a distance o < end, the keys
-    `[max(end - o, block) - block, max(end - o, block))`. From the farthest to the nearest, one that
-    ends at most a `block` after the tile before it is covered by a whole tile that joins on to
-    that; another begins a tile of its own. So tiles may reach past what was asked for.
+    `[max(end - o, block) - block, max(end - o, block))`. From the farthest to the nearest, keys
+    that end at most a `block` after the previous tile are covered by a whole tile that adjoins it;
+    others begin a tile of their own. So tiles may hold keys that no line asked for.
 
     Args:
         columns: bool `[heads, kv_len]`, keys that every row keeps.
@@ -75,10 +75,10 @@ def line_runs(columns: Tensor, slashes: Tensor, q_len: int, block: int) -> tuple
 
 
 def _walk(slashes: Tensor, ends: Tensor, block: int) -> Tensor:
-    """int64 `[heads, n_q_blocks, n]`: tile starts, ascending; those from `ends` on are padding.
+    """int64 `[heads, n_q_blocks, n]`: tile starts, ascending; starts from `ends` on are padding.
 
-    Counted back from the end of a query block, distances mean the same for all of them: one table
-    of steps serves every block, which only enters it at another place.
+    Counted back from the end of a query block, distances mean the same for all blocks: one table of
+    steps serves them all, each entering it at its own place.
     """
     heads, kv_len = slashes.shape
     distance = torch.arange(int(ends[-1]) + 1, device=slashes.device)
@@ -109,11 +109,11 @@ def _singles(columns: Tensor, tiles: RunList, last: Tensor) -> RunList:
         tile = torch.searchsorted(begins, keys, right=True) - 1
         within = keys - begins.gather(1, tile.clamp(min=0)) < tiles.width
         kept = ~((tile >= 0) & within) & (keys <= last[:, None])
-        # The kept ones move to the front; a slot past the last takes the others.
+        # Kept keys move to the front; the others go to a slot past the last.
         slot = torch.where(kept, kept.cumsum(-1) - 1, keys.shape[1])
         count.append(kept.sum(-1, dtype=torch.int32))
         listed = keys.new_zeros(len(last), keys.shape[1] + 1).scatter_(1, slot, keys)
         start.append(listed[:, : int(count[-1].max())])
-    widest = max(one.shape[1] for one in start)
-    start = [torch.nn.functional.pad(one, (0, widest - one.shape[1])) for one in start]
+    widest = max(keys.shape[1] for keys in start)
+    start = [torch.nn.functional.pad(keys, (0, widest - keys.shape[1])) for keys in start]
     return RunList(torch.stack(start), torch.stack(count), 1)

@@ -1,7 +1,7 @@
 """The mask function that Transformers calls, once per forward and kind of layer.
 
-It says what hides keys as shortly as it can be said (see `sequences`); only what does not fit there
-becomes a mask of length x length.
+It returns the smallest form of the mask (see `sequences`); only what does not fit there becomes a
+mask of length x length.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .sequences import CausalMask, padding_of
 
 
 class Packing(threading.local):
-    """What the forward that runs in this thread says about packed sequences.
+    """Packed sequences of the forward that runs in this thread.
 
     Attributes:
         starts: int64 `[batch, q_len]`, on the CPU: where the sequence of each query begins; None:
-            it says nothing.
-        heard: has a mask been made by it?
+            no packed sequences are known.
+        heard: has a mask been made from `starts`?
     """
 
     starts: Tensor | None = None
@@ -50,10 +50,10 @@ def mask_function(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of one forward, as small as it can be said.
+    """The mask of one forward, in its smallest form.
 
     Returns:
-        None: causal, the queries being the last rows; nothing else.
+        None: causal, the queries being the last rows.
         `[batch, kv_len]`: a CausalMask (in a recorded graph, a plain tensor of bool): the same plus
             padding, windows, chunks and packed sequences.
         bool `[batch, 1, q_len, kv_len]`: anything else.
@@ -75,29 +75,29 @@ def mask_function(
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         known = known and padding.shape == (batch_size, kv_length)
     if is_recorded(padding):
-        # Where they let us skip the mask, what they say hides nothing but by a local size.
+        # Where the mask may be skipped, `mask_function` hides keys only by a local size.
         wide = local_size is not None and kv_offset + kv_length <= local_size
         if known and allow_is_causal_skip and (wide or mask_function is causal_mask_function):
-            return padding  # attention, outside of the graph, will look at it
+            return padding  # attention reads it, outside of the graph
     elif known:
         first = _first_visible(mask_function, torch.arange(kv_offset + kv_length))
-        # Transformers forbids to skip what it has laid over a mask itself, seen here or not.
+        # Transformers forbids skipping overlays that it added itself, known here or not.
         short = allow_is_causal_skip or PACKING.starts is not None or _is_overlaid(mask_function)
         if first is not None and short:
             if attention_mask is not None and bool(first.any()):
                 begins = attention_mask.int().argmax(1, keepdim=True).cpu()
-                first = first.where(first > begins, 0)  # to hide padding only is to hide nothing
+                first = first.where(first > begins, 0)  # hiding only padding is hiding nothing
             first = first[..., kv_offset:]
             hides = PACKING.starts is not None or bool((first[..., -q_length:] > 0).any())
             first = (first - kv_offset).clamp(min=0) if hides else None
             return _shortest(first, padding, batch_size, kwargs.get("device"))
     if PACKING.starts is not None:
         raise ValueError(
-            "sparse_patch: this model hides keys in a way that does not go together with packed "
-            "sequences; give it one sequence at a time, or call sparse_patch.unpatch(model)"
+            "sparse_patch: this model's attention mask cannot be combined with packed sequences; "
+            "give it one sequence at a time, or call sparse_patch.unpatch(model)"
         )
     kwargs.pop("allow_is_bidirectional_skip", None)
-    # Never None from here: SDPA's None means other things than ours.
+    # Never None from here: None means something else to SDPA than to us.
     mask: Tensor = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -132,8 +132,7 @@ def _shortest(
 def _first_visible(function: Callable[..., Any], places: Tensor) -> Tensor | None:
     """The first key that a query at each of `places` sees: int64 `[kv_len]` or `[batch, kv_len]`.
 
-    None where the function is not causal, or not known to hide nothing between that key and the
-    query.
+    None where the function is not causal, or may hide keys between that key and the query.
     """
     starts = PACKING.starts
     if starts is None:
@@ -142,7 +141,7 @@ def _first_visible(function: Callable[..., Any], places: Tensor) -> Tensor | Non
     PACKING.heard = True
     if starts.shape[1] != len(places):
         return None
-    # As if each sequence came alone, unless Transformers has found them, too.
+    # As if each sequence came alone, unless Transformers has found the sequences itself.
     begin = torch.zeros_like(starts) if _is_overlaid(function, by=_packed) else starts
     lower = _lower_bound(function, places - begin)
     if lower is None or not lower.causal:
@@ -151,7 +150,7 @@ def _first_visible(function: Callable[..., Any], places: Tensor) -> Tensor | Non
 
 
 def _is_overlaid(function: Callable[..., Any], by: Any = None) -> bool:
-    """Are packed sequences or blocks (or just what reads as `by`) part of this function?"""
+    """Does this function overlay packed sequences or blocks (with `by`: only what that reads)?"""
     parts = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
     kinds = {_READERS.get(getattr(part, "__code__", None)) for part in parts}
     return bool(kinds & ({by} if by else {_packed, _blocks}))
@@ -168,8 +167,8 @@ _NOTHING = _Bound(torch.tensor(torch.iinfo(torch.int64).max, device="cpu"), True
 
 
 def _lower_bound(function: Callable[..., Any], places: Tensor) -> _Bound | None:
-    """Transformers' mask functions are closures; what one does is told by its code, and by what it
-    holds. None: it is none that is known."""
+    """What a mask function of Transformers, a closure, shows: read from its code and its variables.
+    None if the function is unknown."""
     reader = _READERS.get(getattr(function, "__code__", None))
     if reader is None:
         return None
@@ -200,7 +199,7 @@ def _any_of(places: Tensor, mask_functions: Iterable[Callable[..., Any]]) -> _Bo
 
 
 def _blocks(places: Tensor, block_sequence_ids: Tensor) -> _Bound | None:
-    # Tokens of a block (an image, say) see one another; -1 is in none.
+    # Tokens of a block (an image, say) see one another; -1 is in no block.
     return _NOTHING if bool((block_sequence_ids < 0).all()) else None
 
 
@@ -234,26 +233,26 @@ def _remapped(
 
 def starts_of(begins: Tensor) -> Tensor:
     """int64, of the shape of bool `begins [batch, length]`: the latest place up to each where a
-    sequence begins; 0 before any."""
+    sequence begins; 0 before the first."""
     return (torch.arange(begins.shape[1]) * begins).cummax(1).values
 
 
 def _readers() -> dict[Any, Callable[..., _Bound | None]]:
-    """By the code of the mask functions that the installed Transformers makes."""
-    none = torch.zeros(1, 1, dtype=torch.int64)
-    made: dict[Callable[..., Any], Callable[..., _Bound | None]] = {
+    """Readers by the code of the mask functions that the installed Transformers makes."""
+    no_ids = torch.zeros(1, 1, dtype=torch.int64)
+    readers: dict[Callable[..., Any], Callable[..., _Bound | None]] = {
         causal_mask_function: _causal,
         masking_utils.and_masks(causal_mask_function): _all_of,
         masking_utils.sliding_window_overlay(1): _window,
-        masking_utils.chunked_overlay(1, none): _chunk,
-        masking_utils.packed_sequence_mask_function(none): _packed,
+        masking_utils.chunked_overlay(1, no_ids): _chunk,
+        masking_utils.packed_sequence_mask_function(no_ids): _packed,
         masking_utils.or_masks(causal_mask_function): _any_of,
     }
-    if blocks := getattr(masking_utils, "blockwise_overlay", None):  # these came later
-        made[blocks(none)] = _blocks
+    if blocks := getattr(masking_utils, "blockwise_overlay", None):  # newer Transformers only
+        readers[blocks(no_ids)] = _blocks
     if remap := getattr(masking_utils, "remap_positions_for_packed_sequence", None):
-        made[remap(causal_mask_function, none)] = _remapped
-    return {getattr(function, "__code__", None): reader for function, reader in made.items()}
+        readers[remap(causal_mask_function, no_ids)] = _remapped
+    return {getattr(function, "__code__", None): reader for function, reader in readers.items()}
 
 
 _READERS = _readers()

@@ -1,4 +1,4 @@
-"""One plan from those of several methods, each for some heads."""
+"""One plan merged from the plans of several methods, each for some heads."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Part:
     """A plan that decides for some heads.
 
     Attributes:
-        heads: of the merged plan.
-        places: where these are among the heads that the plan was made for.
-        of: how many heads that were.
+        heads: heads of the merged plan.
+        places: their indices among the heads that the plan was made for.
+        of: number of heads that the plan was made for.
         plan: the plan.
     """
 
@@ -34,7 +34,7 @@ def merged(
 
     Args:
         parts: disjoint in their heads.
-        heads: of the merged plan.
+        heads: number of heads of the merged plan.
 
     Returns:
         The plan, in blocks of the narrowest part; None without any part.
@@ -46,27 +46,27 @@ def merged(
         return None
     width, block_q = common_form([part.plan for part in parts])
     first = parts[0].plan
-    every = torch.arange(0, kv_len, width, dtype=torch.int32, device=device)
+    all_starts = torch.arange(0, kv_len, width, dtype=torch.int32, device=device)
     last = first.last_rows(device)
-    start = every.expand(heads, first.n_q_blocks, -1).clone()
+    start = all_starts.expand(heads, first.n_q_blocks, -1).clone()
     count = (last // width + 1).to(torch.int32).expand(heads, -1).clone()
     for part in parts:
-        own, n = _in_runs_of(width, part.plan, last)
+        starts, n = _in_runs_of(width, part.plan, last)
         lists = torch.tensor([place * part.plan.heads // part.of for place in part.places])
         target = torch.tensor(part.heads)
-        # What lists hold past their counts is padding, whatever it is.
-        own = own[lists, :, : start.shape[2]]
-        start[target, :, : own.shape[2]] = own
+        # Entries past a list's count are padding and may have any value.
+        starts = starts[lists, :, : start.shape[2]]
+        start[target, :, : starts.shape[2]] = starts
         count[target] = n[lists]
     return BlockPlan(first.q_len, first.kv_len, block_q, (RunList(start, count, width),))
 
 
 def common_form(plans: Sequence[BlockPlan]) -> tuple[int, int]:
-    """Width and rows of the blocks that all plans can be written in.
+    """Width and rows of the blocks in which all plans can be written.
 
     Raises:
-        ValueError: a plan is no list of whole blocks, their rows differ, or a width is no multiple
-            of the narrowest.
+        ValueError: a plan is not a list of whole blocks, their rows differ, or a width is not a
+            multiple of the narrowest.
     """
     for plan in plans:
         simple = len(plan.runs) == 1 and plan.key_order is None and not plan.sink + plan.window
@@ -80,16 +80,16 @@ def common_form(plans: Sequence[BlockPlan]) -> tuple[int, int]:
     if any(wide % width or rows != block_q for wide, rows in forms):
         shown = ", ".join(f"{wide} keys x {rows} rows" for wide, rows in sorted(forms))
         raise ValueError(
-            "profile: methods that share a layer need blocks of as many rows, and keys that the "
-            f"narrowest divides, got {shown}; give them the same block_size"
+            "profile: methods that share a layer need blocks with the same number of rows, and "
+            f"widths that the narrowest divides; got {shown}; give them the same block_size"
         )
     return width, block_q
 
 
 def _in_runs_of(width: int, plan: BlockPlan, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Start `[heads, n_q_blocks, n]` and count of a plan's list, its runs cut into such of `width`.
+    """Start `[heads, n_q_blocks, n]` and count of a plan's list, its runs cut into runs of `width`.
 
-    last `[n_q_blocks]`: a block's last row, after which none may begin.
+    last `[n_q_blocks]`: a block's last row, after which no run may begin.
     """
     (run,) = plan.runs
     start, count = run.expand(plan.heads)

@@ -1,9 +1,10 @@
 """Patch a live Transformers model, and undo it exactly.
 
-Attention modules look their function up by a name in their config, on every call. So importing this
-registers one name, `sparse_patch`, with an attention function and a mask function of its own; a
-patch writes that name into the text decoder's configs and hangs the method on each attention
-module. All patches of a decoder stand in one book, whichever model that holds it was named.
+On every call, attention modules look up their function by a name in their config. Importing this
+module registers one name, `sparse_patch`, with an attention function and a mask function of its
+own; a patch writes that name into the text decoder's configs and attaches the method to each
+attention module. All patches of a decoder are listed in one book, whichever model that holds it was
+patched.
 """
 
 from __future__ import annotations
@@ -67,44 +68,45 @@ def patch(
     """Run the prefill of `model` through a sparse method, from now on.
 
     A call runs sparse when it is a causal prefill without gradients that the method can handle, row
-    by row without its padding; decode steps do with the methods that choose keys for them, too
+    by row without its padding. Decode steps run sparse with methods that choose keys for them
     (`hip`, `infinite_hip`). Every other call runs exact attention and is counted by reason.
 
-    On a tensor-parallel model a process sees its share of the heads: what a method shares among all
-    heads (the one list of `dhsa` and `infinite_hip`) is then shared among those.
+    In a tensor-parallel model a process has only a share of the heads: what a method shares among
+    all heads (the one list of `dhsa` and `infinite_hip`) is then shared among those.
 
     Args:
         model: a Transformers decoder model, or a wrapper that holds one. Of a vision-language model
             only the text decoder is patched.
-        method: a name from `list_methods()`, or a method object. With a profile: "auto", or none.
+        method: a name from `list_methods()`, or a method object. With a profile: "auto" or None.
         profile: which method each head runs: a file that `sparse-patch tune` wrote for a model of
-            this type and shape, or what `Profile.load` reads from it.
+            this type and shape, or the `Profile` loaded from it.
         layers: indices of the layers to patch, negative from the end; default: all.
         dense_layers: layers kept exact: indices, or a number n for the first n; default: the
             method's own (0 for most).
-        min_length: sequences with fewer keys run exact, tokens. "auto", on a CPU: a call is planned
-            and runs sparse where that is expected to be faster than exact attention, by what both
-            cost on this machine (`sparse_patch.costs`, measured once, in a few seconds) and by what
-            plans took and saved so far (`sparse_patch.budget`). Which calls run sparse then depends
-            on timing; exact ones may run through the op, which rounds otherwise than SDPA; and
-            decode steps run exact. On a GPU "auto" means 16,384.
+        min_length: sequences with fewer keys than this run exact. "auto", on a CPU: a call is
+            planned and runs sparse where that is expected to be faster than exact attention, from
+            the costs of both on this machine (`sparse_patch.costs`, measured once, in a few
+            seconds) and from the times of earlier plans (`sparse_patch.budget`). Which calls run
+            sparse then depends on timing; exact calls may run through the op, which rounds
+            differently from SDPA; and decode steps run exact. On a GPU "auto" means 16,384.
         min_queries: calls with fewer queries against longer keys run exact (speculative decoding).
-        backend: one of `sparse_patch_kernels.BACKENDS`. A named one runs or raises; "auto" chooses.
+        backend: one of `sparse_patch_kernels.BACKENDS`. A named backend runs or raises; "auto"
+            chooses one.
         measure_recall: also measure the attention mass kept, which costs about a dense prefill; a
-            number measures about so many query rows per call instead of all.
-        costs: for `min_length="auto"`, what attention costs here; default: as measured.
+            number: only on about that many query rows per call.
+        costs: the cost model for `min_length="auto"`; default: measured on this machine.
         params: the method's parameters, and `preset=` for one of its presets.
 
     Returns:
         The patch, already active: a handle (`remove()`, `report()`) and a context manager that
-        removes it on exit. Patches nest; the latest one that holds a layer counts.
+        removes it on exit. Patches nest; in each layer the latest one counts.
 
     Raises:
         TypeError: `model` is not and does not hold a Transformers model.
         ValueError: the method, a parameter, a layer or the backend does not exist, or the model
-            cannot be patched; the message says why and what to do. A parameter that is about all
-            heads together (values per head, say) is refused on a tensor-parallel model, which has
-            a share of its heads in each process.
+            cannot be patched; the message says why and what to do. A parameter for all heads
+            together (values per head, say) is refused on a tensor-parallel model, which has a share
+            of its heads in each process.
         sparse_patch_kernels.BackendUnavailable: the backend named cannot run on the model's device.
     """
     root = transformers_model(model)
@@ -116,7 +118,7 @@ def patch(
     _refuse_split_heads(root, chosen)
     if dense_layers is None:
         dense_layers = getattr(chosen, "dense_layers", 0)
-    wanted, dense = _select_layers([layer for layer, _ in modules], layers, dense_layers)
+    patched, dense = _select_layers([layer for layer, _ in modules], layers, dense_layers)
     _check_lengths(min_length, min_queries, costs)
     if measure_recall < 0:
         raise ValueError(f"measure_recall={measure_recall} must be true, false or a number of rows")
@@ -128,7 +130,7 @@ def patch(
         prepare(device, backend)
     budget = None
     if isinstance(min_length, str):
-        budget = Budget(layers=len(wanted - dense), given=costs)
+        budget = Budget(layers=len(patched - dense), given=costs)
         min_length = ELSEWHERE_MIN_LENGTH
     options = Options(min_length, min_queries, backend, measure_recall, budget)
     if costs is None and any(options.budget_on(device) is not None for device in devices):
@@ -136,7 +138,7 @@ def patch(
     states = [
         (module, LayerState(layer, None if layer in dense else _of_layer(chosen, layer), options))
         for layer, module in modules
-        if layer in wanted
+        if layer in patched
     ]
     handle = Patch(root, chosen, states)
     handle._apply([module for _, module in modules], text_configs(root, modules))
@@ -146,14 +148,14 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Remove every patch of `model` and restore it exactly; an unpatched model is left alone.
 
-    A model and its decoder (`model.model`) are one: to unpatch either takes all patches out.
+    A model and its decoder (`model.model`) count as one: unpatching either removes all patches.
     """
     for handle in reversed(_patches(model)):
         handle.remove()
 
 
 def report(model: nn.Module) -> Report:
-    """What the latest patch of `model` did so far, per layer.
+    """Calls, density and recall of the latest patch of `model` so far, per layer.
 
     Raises:
         ValueError: the model is not patched.
@@ -193,16 +195,16 @@ class Patch:
         hold_copied_names(self, self._names)
 
     def report(self) -> Report:
-        """What this patch did so far, per layer. Still there after `remove()`."""
+        """Calls, density and recall so far, per layer. Still available after `remove()`."""
         return make_report(repr(self.method), (state for _, state in self._states))
 
     def observe(self, observer: Observer | None) -> None:
-        """Show `observer` what each sparse prefill call gives; it returns what to go on with."""
+        """Call `observer` with each sparse prefill result; it returns the output to go on with."""
         for _, state in self._states:
             state.observer = observer
 
     def remove(self) -> None:
-        """Take this patch out, and restore what was before it. A second call does nothing."""
+        """Remove this patch and restore the state before it. A second call does nothing."""
         decoder = decoder_of(self.model)
         book = book_of(decoder)
         if book is None or self not in book.patches:
@@ -254,7 +256,7 @@ def _patches(model: nn.Module) -> list[Patch]:
 def _refuse_continuous_batching(*_: Any, **__: Any) -> None:
     raise RuntimeError(
         "sparse_patch: continuous batching (generate_batch, paged caches) is not supported; it "
-        "would swap the patched attention out. Call sparse_patch.unpatch(model), or use generate."
+        "would replace the patched attention. Call sparse_patch.unpatch(model), or use generate."
     )
 
 
@@ -266,8 +268,8 @@ def _of_profile(
 ) -> Method:
     if method not in (None, "auto") or params:
         raise ValueError(
-            f"profile= says which methods run: leave method={method!r} and parameters "
-            f"{sorted(params)} out"
+            f"profile= already names the methods: leave out method={method!r} and parameters "
+            f"{sorted(params)}"
         )
     loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
     loaded.check_model(shape_of(config))
@@ -284,7 +286,7 @@ def _as_method(method: str | Method | None, params: dict[str, Any]) -> Method:
         return get_method(method, **params)
     if params:
         raise ValueError(
-            f"parameters {sorted(params)} go with a method's name; a method object has its own"
+            f"parameters {sorted(params)} need a method's name; a method object has its own"
         )
     if not callable(getattr(method, "plan", None)):
         raise ValueError(f"method={method!r} must be a name or an object with plan(q, k, ...)")
@@ -297,10 +299,10 @@ def _refuse_split_heads(root: PreTrainedModel, method: Method) -> None:
     processes = getattr(root, "tp_size", None) or 1
     if names and processes > 1:
         raise ValueError(
-            f"{type(method).__name__}: {', '.join(names)} is about all heads of the model, but "
-            f"this model is split over {processes} processes by its heads (tensor parallel), where "
-            "it would mean others. Give one value for all heads, leave it at its default, or load "
-            "the model without tp_plan."
+            f"{type(method).__name__}: {', '.join(names)} refers to all heads of the model, but "
+            f"this model's heads are split over {processes} processes (tensor parallel), where it "
+            "would apply to the wrong heads. Give one value for all heads, leave it at its "
+            "default, or load the model without tp_plan."
         )
 
 
@@ -312,7 +314,7 @@ def _check_lengths(min_length: Any, min_queries: int, costs: Any) -> None:
         raise ValueError(f"min_queries={min_queries} must be at least 0 tokens")
     if costs is not None and not (auto and isinstance(costs, CostModel)):
         raise ValueError(
-            f"costs={costs!r} must be a sparse_patch.costs.CostModel, and with min_length='auto'"
+            f"costs={costs!r} must be a sparse_patch.costs.CostModel, and needs min_length='auto'"
         )
 
 
@@ -324,21 +326,21 @@ def _of_layer(method: Method, layer: int) -> Method:
 def _select_layers(
     known: list[int], layers: Iterable[int] | None, dense_layers: int | Iterable[int]
 ) -> tuple[set[int], set[int]]:
-    """Layers to patch and, among them, layers kept dense."""
+    """The layers to patch, and the layers to keep dense."""
     total = max(known) + 1
     if isinstance(dense_layers, int):
         dense_layers = [layer for layer in known if layer < dense_layers]
 
-    def resolve(name: str, given: Iterable[int]) -> set[int]:
-        found = {layer + total if layer < 0 else layer for layer in given}
-        if not found <= set(known):
+    def resolve(name: str, indices: Iterable[int]) -> set[int]:
+        chosen = {layer + total if layer < 0 else layer for layer in indices}
+        if not chosen <= set(known):
             raise ValueError(
-                f"{name}: no attention layer {sorted(found - set(known))}; this model has {known}"
+                f"{name}: no attention layer {sorted(chosen - set(known))}; this model has {known}"
             )
-        return found
+        return chosen
 
-    wanted = set(known) if layers is None else resolve("layers", layers)
-    return wanted, resolve("dense_layers", dense_layers)
+    patched = set(known) if layers is None else resolve("layers", layers)
+    return patched, resolve("dense_layers", dense_layers)
 
 
 AttentionInterface.register(NAME, attention_function)

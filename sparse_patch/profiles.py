@@ -1,16 +1,16 @@
 """Profiles: which method each head of a model runs, with which parameters, in a JSON file.
 
 `sparse-patch tune` writes one for a model, from text; `patch(model, profile=...)` loads it. It is
-read as data and checked: names of methods, their parameters, and that it was made for a model of
-this type and shape. It stands alone: parameters that name further files are refused.
+read as data and checked: method names, their parameters, and that it was made for a model of this
+type and shape. Parameters that name further files are refused.
 
     {"format": "sparse-patch profile 1",
      "model": {"type": "llama", "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64},
      "layers": {"0": [{"heads": [0, 1, 2], "method": "xattention", "params": {"gamma": 0.8}}]},
      "made": {...}}
 
-Heads that a layer does not name, and layers that are not there, run exact. What `made` says (the
-target, the text, what was measured) is for people.
+Heads and layers that are not listed run exact. `made` (the target, the text, the measurements) is
+for people.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _SHAPE = ("layers", "heads", "kv_heads", "head_dim")
 class Share:
     """Some query heads of a layer, and their method.
 
-    The method plans for all query heads of the KV groups that hold these, in their order; values
-    per head in its parameters are meant for those. Its choices for `heads` are taken.
+    The method plans for all query heads of the KV groups that hold `heads`, in order; its per-head
+    parameters have one value for each of those. Its choices for `heads` are used.
     """
 
     heads: tuple[int, ...]
@@ -52,7 +52,7 @@ class Share:
 
     @classmethod
     def of(cls, heads: tuple[int, ...], name: str, params: Mapping[str, Any]) -> Share:
-        """Raises ValueError where the method or a parameter does not exist."""
+        """Raises ValueError if the method or a parameter does not exist."""
         return cls(tuple(sorted(heads)), name, dict(params), get_method(name, **params))
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,10 +67,10 @@ class Profile:
     Attributes:
         model: "type", and numbers of "layers", "heads", "kv_heads", and "head_dim".
         layers: the shares of each layer that does not run exact.
-        made: how it came about, JSON-ready; not read.
+        made: how the profile was made, JSON-ready; not read.
 
     Raises:
-        ValueError: a layer or head that such a model has not, or a head with two methods.
+        ValueError: such a model has no such layer or head, or a head has two methods.
     """
 
     model: Mapping[str, Any]
@@ -87,12 +87,15 @@ class Profile:
         for layer, shares in self.layers.items():
             heads = [head for share in shares for head in share.heads]
             if not 0 <= layer < self.model["layers"]:
-                raise ValueError(f"profile: layer {layer} of {self.model['layers']}")
+                raise ValueError(
+                    f"profile: no layer {layer} in a model of {self.model['layers']} layers"
+                )
             if len(set(heads)) < len(heads):
                 raise ValueError(f"profile: layer {layer} gives a head two methods")
             if not all(0 <= head < self.model["heads"] for head in heads):
                 raise ValueError(
-                    f"profile: layer {layer} names heads {heads}, of {self.model['heads']}"
+                    f"profile: layer {layer} names heads {heads}, but the model has "
+                    f"{self.model['heads']} heads"
                 )
 
     @classmethod
@@ -100,8 +103,8 @@ class Profile:
         """Read and check a file.
 
         Raises:
-            ValueError: the file is not a profile, naming what is wrong.
-            OSError: it cannot be read.
+            ValueError: the file is not a profile; the message names the fault.
+            OSError: the file cannot be read.
         """
         try:
             content = read_json(path)
@@ -117,16 +120,18 @@ class Profile:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: naming what is wrong.
+            ValueError: the content is not a profile; the message names the fault.
         """
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"profile: no {FORMAT!r}; make one with `sparse-patch tune`")
+            raise ValueError(
+                f"profile: not in the format {FORMAT!r}; make one with `sparse-patch tune`"
+            )
         layers, model, made = content.get("layers"), content.get("model"), content.get("made", {})
         if not (isinstance(layers, dict) and isinstance(model, dict) and isinstance(made, dict)):
             raise ValueError('profile: "model", "layers" and "made" must be objects')
         unknown = [*(set(content) - set(_KEYS)), *(set(model) - {"type", *_SHAPE})]
         if unknown:
-            raise ValueError(f"profile: does not know {', '.join(map(repr, sorted(unknown)))}")
+            raise ValueError(f"profile: unknown keys {', '.join(map(repr, sorted(unknown)))}")
         return cls(model, {_layer(name): _shares(name, of) for name, of in layers.items()}, made)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +147,7 @@ class Profile:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON; what `made` says of numbers that are not finite is null there."""
+        """Write it as JSON; numbers in `made` that are not finite become null."""
         content = {**self.to_dict(), "made": _finite(self.made)}
         text = json.dumps(content, indent=1, allow_nan=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
@@ -178,46 +183,48 @@ def _is_count(value: Any) -> bool:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _layer(name: str) -> int:
     if not name.isdecimal() or str(int(name)) != name:
-        raise ValueError(f"profile: layer {name!r} is no number")
+        raise ValueError(f"profile: layer {name!r} is not a number")
     return int(name)
 
 
 def _shares(layer: str, content: Any) -> tuple[Share, ...]:
-    wants = {"heads": list, "method": str, "params": dict}
+    kinds = {"heads": list, "method": str, "params": dict}
     if not isinstance(content, list):
         raise ValueError(f"profile: layer {layer} must be a list")
-    for one in content:
-        if not isinstance(one, dict) or set(one) != set(wants):
-            raise ValueError(f"profile: layer {layer}: {one!r} must have {', '.join(wants)}")
-        for name, kind in wants.items():
-            if not isinstance(one[name], kind):
-                raise ValueError(f"profile: layer {layer}: {name}={one[name]!r} is of another type")
-        if not one["heads"] or not all(type(head) is int for head in one["heads"]):
-            raise ValueError(f"profile: layer {layer}: heads={one['heads']} must be numbers")
-    return tuple(_share(layer, **one) for one in content)
+    for share in content:
+        if not isinstance(share, dict) or set(share) != set(kinds):
+            raise ValueError(f"profile: layer {layer}: {share!r} must have {', '.join(kinds)}")
+        for name, kind in kinds.items():
+            if not isinstance(share[name], kind):
+                raise ValueError(
+                    f"profile: layer {layer}: {name}={share[name]!r} must be a {kind.__name__}"
+                )
+        if not share["heads"] or not all(type(head) is int for head in share["heads"]):
+            raise ValueError(f"profile: layer {layer}: heads={share['heads']} must be numbers")
+    return tuple(_share(layer, **share) for share in content)
 
 
 def _share(layer: str, heads: list[int], method: str, params: dict[str, Any]) -> Share:
     files = getattr(method_class(method), "files", ())
     if named := [name for name in files if params.get(name) is not None]:
         raise ValueError(
-            f"profile: layer {layer}: {method}: {named[0]}={params[named[0]]!r} is a file; a "
-            "profile names none"
+            f"profile: layer {layer}: {method}: {named[0]}={params[named[0]]!r} names a file, "
+            "which a profile must not do"
         )
     try:
         return Share.of(tuple(heads), method, params)
     except ValueError as error:
         raise ValueError(f"profile: layer {layer}: {error}") from error
     except (TypeError, ArithmeticError, LookupError, AttributeError) as error:
-        # What a constructor says of a list or an object where it counts on a number.
+        # Raised by a constructor that gets a list or an object where it needs a number.
         raise ValueError(f"profile: layer {layer}: {method}: {params}: {error}") from error
 
 
@@ -226,7 +233,7 @@ class Auto(Method):
     """Runs the methods of a profile, head by head.
 
     Attributes:
-        profile: says which.
+        profile: the methods by layer and head.
         layer: set by `for_layer`.
     """
 
@@ -236,10 +243,10 @@ class Auto(Method):
     def for_layer(self, layer: int) -> Auto:
         """See Method.for_layer."""
         shares = self.profile.layers.get(layer, ())
-        own = tuple(
+        bound = tuple(
             dataclasses.replace(share, method=share.method.for_layer(layer)) for share in shares
         )
-        layers = {**self.profile.layers, layer: own} if own else self.profile.layers
+        layers = {**self.profile.layers, layer: bound} if bound else self.profile.layers
         return dataclasses.replace(
             self, profile=dataclasses.replace(self.profile, layers=layers), layer=layer
         )
@@ -252,7 +259,7 @@ class Auto(Method):
         """See Method.plan; None where every head of the layer runs exact.
 
         Raises:
-            ValueError: methods of one layer whose plans cannot be mixed (see `mixing.merged`).
+            ValueError: the plans of a layer's methods cannot be merged (see `mixing.merged`).
         """
         check_sequence(q, k, q_offset)
         shares = self.profile.layers.get(self.layer, ())
@@ -262,9 +269,9 @@ class Auto(Method):
         parts = []
         for share in shares:
             groups = sorted({head // group for head in share.heads})
-            seen = [one * group + i for one in groups for i in range(group)]
-            plan = share.method.plan(q[seen], k[groups], scale=scale, q_offset=q_offset)
+            members = [kv_head * group + i for kv_head in groups for i in range(group)]
+            plan = share.method.plan(q[members], k[groups], scale=scale, q_offset=q_offset)
             if plan is not None:
-                places = [seen.index(head) for head in share.heads]
-                parts.append(Part(share.heads, places, len(seen), plan))
+                places = [members.index(head) for head in share.heads]
+                parts.append(Part(share.heads, places, len(members), plan))
         return merged(parts, heads, k.shape[1], q.device)

@@ -7,7 +7,7 @@
 
         def plan(self, q, k, *, scale, q_offset): ...
 
-A package of its own can offer methods without an import by its users: entry-point group
+Another package can offer methods that users need not import: entry-point group
 `sparse_patch.methods`, name = method name, value = the class.
 """
 
@@ -26,14 +26,14 @@ from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
 ENTRY_POINT_GROUP = "sparse_patch.methods"
-# Numbers reach tensors of int64, which a file's may exceed.
+# Parameters reach int64 tensors; numbers from a file may be larger.
 _MOST = 2**62
 
 
 @dataclass(frozen=True)
 class _Rule:
     help: str
-    kind: Any  # what isinstance takes
+    kind: Any  # for isinstance
     above: float | None = None
     least: float | None = None
     upto: float | None = None
@@ -42,7 +42,7 @@ class _Rule:
     per_head: bool = False
 
     def allowed(self) -> str:
-        """The admitted values in words, for errors and `sparse-patch methods`."""
+        """The allowed values in words, for errors and `sparse-patch methods`."""
         if self.choices is not None:
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
         names = {int: "a whole number", bool: "true or false", str: "text", tuple: "a tuple"}
@@ -51,15 +51,15 @@ class _Rule:
         low = f" >= {self.least:g}" if self.least is not None else low
         high = f" <= {self.upto:g}" if self.upto is not None else ""
         both = " and" if low and high else ""
-        more = ", or a tuple of one per query head" if self.per_head else ""
-        return f"{kind}{low}{both}{high}{more}" + (" or None" if self.optional else "")
+        per_head = ", or a tuple of one per query head" if self.per_head else ""
+        return f"{kind}{low}{both}{high}{per_head}" + (" or None" if self.optional else "")
 
     def admits(self, value: Any) -> bool:
         if value is None:
             return self.optional
         if self.per_head and isinstance(value, tuple):
-            one = dataclasses.replace(self, per_head=False)
-            return len(value) > 0 and all(one.admits(number) for number in value)
+            scalar = dataclasses.replace(self, per_head=False)
+            return len(value) > 0 and all(scalar.admits(number) for number in value)
         if self.choices is not None:
             return any(value == c and type(value) is type(c) for c in self.choices)
         if isinstance(value, bool) != (self.kind is bool) or not isinstance(value, self.kind):
@@ -91,14 +91,14 @@ def param(
     """A documented, range-checked dataclass field of a method.
 
     Args:
-        default: its default; None makes the parameter optional (then give `kind`).
+        default: default value; None makes the parameter optional (then give `kind`).
         help: one line for `sparse-patch methods`.
         above: bound `> above`.
         least: bound `>= least`.
         upto: bound `<= upto`.
-        choices: the admitted values, instead of bounds.
-        kind: int, float, bool, str or tuple; default: the type of `default`. A float field takes
-            ints too, text and tuples must not be empty.
+        choices: the allowed values, instead of bounds.
+        kind: int, float, bool, str or tuple; default: the type of `default`. A float field also
+            takes ints; text and tuples must not be empty.
         per_head: also take a tuple of such values, one per query head.
     """
     kind = kind or type(default)
@@ -113,12 +113,13 @@ Examples = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Knob:
-    """How much a method keeps, as one number.
+    """One number that sets how much a method keeps.
 
     Attributes:
-        make: parameters from the number.
-        low, high: its range. Below 1 it is a share, turned in steps of what it leaves out.
-        falling: more of it keeps less.
+        make: the method's parameters from the number.
+        low, high: range of the number. If `high` is below 1 it is a share, and `params` steps
+            evenly in the logarithm of 1 - share.
+        falling: a larger number keeps less.
     """
 
     make: Callable[[float], dict[str, Any]]
@@ -128,16 +129,16 @@ class Knob:
 
     @classmethod
     def share(cls, name: str, **fixed: Any) -> Knob:
-        """A parameter between 0 and 1, others fixed."""
+        """Turn a parameter between 0 and 1; `fixed` are other parameters."""
         return cls(lambda x: {**fixed, name: round(x, 5)}, 0.02, 0.9999)
 
     @classmethod
     def count(cls, name: str, low: int = 16, high: int = 1 << 17, **fixed: Any) -> Knob:
-        """A parameter that counts tokens or blocks, others fixed."""
+        """Turn a parameter that counts tokens or blocks; `fixed` are other parameters."""
         return cls(lambda x: {**fixed, name: round(x)}, low, high)
 
     def params(self, place: float) -> dict[str, Any]:
-        """Parameters at `place` 0 (keeps least) to 1 (keeps most), evenly in the logarithm."""
+        """Parameters at `place`, from 0 (keeps least) to 1 (keeps most)."""
         place = 1 - place if self.falling else place
         if self.high < 1:
             return self.make(1 - (1 - self.low) * ((1 - self.high) / (1 - self.low)) ** place)
@@ -151,15 +152,15 @@ class Method(ABC):
     Class attributes:
         source: where the method comes from, as arXiv ids or a repository.
         presets: named sets of parameters, `get_method(name, preset="paper")`.
-        knob: what to turn for more or less of density, in tuning and fair comparison. Fixed with it
-            are budgets and forced blocks that are made for far longer prompts: at 4k they alone
-            would keep a quarter to a half. None: it cannot be turned.
+        knob: the parameter that sets density, for tuning and fair comparison. It also fixes budgets
+            and forced blocks whose defaults suit far longer prompts: at 4k they alone would keep a
+            quarter to a half. None: density cannot be set.
         examples: parameters for the tests over all methods: "sparse" (from about 100 tokens on),
             "everything" (the plan is None, or shows every causal key) and, where the defaults keep
             all of 16k tokens, "long" (it has to choose there).
-        spans_heads: parameters that mean something else on a share of a model's heads, such as
-            tables by head; those of `param(per_head=True)` are known without.
-        files: parameters that are paths of files to read, which no profile may name.
+        spans_heads: parameters that are valid only on all heads of a model together, such as tables
+            by head; those of `param(per_head=True)` need not be listed.
+        files: parameters that are paths of files, which a profile must not set.
     """
 
     source: ClassVar[str] = ""
@@ -169,7 +170,9 @@ class Method(ABC):
     spans_heads: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[tuple[str, ...]] = ()
 
-    dense_layers: int = param(0, "first layers that sparse_patch.patch keeps exact", least=0)
+    dense_layers: int = param(
+        0, "number of first layers that sparse_patch.patch keeps exact", least=0
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -212,12 +215,12 @@ class Method(ABC):
             q: `[heads, 1, dim]`, the last row.
             k: `[kv_heads, kv_len, dim]`, the row's own key included.
             scale: as for `plan`.
-            memory: what the call for the row before returned; None unless the sequence is that
-                one, grown by a single key.
+            memory: what the call for the previous row returned; None unless the sequence is the
+                same and has grown by one key.
 
         Returns:
-            The plan, or None where exact attention is right, and the memory for the next row. A
-            memory must not hold on to k.
+            The plan, or None where exact attention is right, and the memory for the next row, which
+            must not keep a reference to k.
         """
         return self.plan(q, k, scale=scale, q_offset=k.shape[1] - 1), None
 
@@ -226,14 +229,14 @@ class Method(ABC):
         return self
 
     def needs_all_heads(self) -> list[str]:
-        """The parameters set here that are right on all heads of a model together only."""
-        found = []
+        """The parameters set here that are valid only on all heads of a model together."""
+        names = []
         for field in dataclasses.fields(self):
             rule, value = field.metadata.get("rule"), getattr(self, field.name)
             listed = isinstance(value, tuple) and len(value) > 1 and rule and rule.per_head
             if listed or (field.name in self.spans_heads and value is not None):
-                found.append(field.name)
-        return found
+                names.append(field.name)
+        return names
 
 
 def check_sequence(q: Tensor, k: Tensor, q_offset: int) -> None:
@@ -265,7 +268,7 @@ def register(name: str, *, replace: bool = False) -> Callable[[MethodClass], Met
 
     Args:
         name: what users pass to `patch`; letters, digits and underscores.
-        replace: allow taking over a name that exists.
+        replace: replace an existing method of that name.
 
     Raises:
         ValueError: the name is taken or not an identifier.
@@ -284,7 +287,7 @@ def register(name: str, *, replace: bool = False) -> Callable[[MethodClass], Met
         if taken is not None and taken is not cls and not replace:
             raise ValueError(
                 f"register: {name!r} is already {taken.__module__}.{taken.__qualname__}; pass "
-                "replace=True to take it over"
+                "replace=True to replace it"
             )
         _METHODS[name] = cls
         return cls
@@ -344,7 +347,7 @@ def get_method(name: str, /, *, preset: str | None = None, **params: Any) -> Met
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a method: its default, the values it may have in words, what it does."""
+    """One parameter of a method: its default, its allowed values in words, its meaning."""
 
     name: str
     default: Any
@@ -354,7 +357,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What `sparse-patch methods` shows of a method."""
+    """Description of a method, as `sparse-patch methods` shows it."""
 
     name: str
     summary: str

@@ -1,4 +1,4 @@
-"""What a patch did, layer by layer: calls, sparse calls, density, recall, exact calls by reason."""
+"""Report of a patch by layer: calls, sparse calls, density, recall, exact calls by reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LayerReport:
     Attributes:
         layer: the layer's index in the model.
         calls: sparse and exact calls together.
-        sparse_calls: calls that ran the method's plan, decode steps among them.
+        sparse_calls: calls that ran the method's plan, decode steps included.
         density: kept / causal, mean over sparse prefill calls; None without any.
         recall: attention mass kept, mean over the prefill calls measured; None if none was.
         exact: exact calls by reason.
@@ -91,10 +91,10 @@ class Report:
             total.update(layer.exact)
         return dict(total.most_common())
 
-    def _mean(self, what: str, decode: bool = False) -> float | None:
+    def _mean(self, name: str, decode: bool = False) -> float | None:
         weighted = []
         for layer in self.layers:
-            value = getattr(layer, what)
+            value = getattr(layer, name)
             if value is not None:
                 prefill_calls = layer.sparse_calls - layer.decode_calls
                 weighted.append((value, layer.decode_calls if decode else prefill_calls))

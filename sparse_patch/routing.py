@@ -1,4 +1,4 @@
-"""Decides: does a call run sparse, or exact and why? Nothing is run here, and nothing recorded."""
+"""Decides whether a call runs sparse, or why it runs exact. Runs and records nothing."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ REASONS: dict[str, str | None] = {
         "an attention mask other than causal plus padding arrived (image tokens that see one "
         "another, a static cache, a 4-D mask of your own, or torch.compile with use_cache=False)"
     ),
-    "position bias": "this model adds a bias to its logits, which the sparse op does not do",
+    "position bias": "this model adds a bias to its logits, which the sparse op does not support",
     "sinks by query": "this model has attention sinks that depend on the query",
     "not causal": "this layer attends to the future",
     "dropout": "attention dropout is on",
     "non-finite": "q or k holds NaN or infinity; the model or its input is broken",
     "no backend": (
-        "no sparse backend runs on this device; on a GPU, Linux, pip install 'sparse-patch[triton]'"
+        "no sparse backend runs on this device; a GPU on Linux needs sparse-patch[triton] installed"
     ),
 }
 """Why a call runs exact, as reports count it, and what a user should know of it.
@@ -46,15 +46,15 @@ A text is shown once per patch; a reason with None is routine and only counted.
 
 
 class SparsePatchWarning(UserWarning):
-    """A patched model ran exact attention where one may have expected sparse."""
+    """A patched model ran exact attention where a user may expect sparse attention."""
 
 
 @dataclass
 class Options:
-    """What the layers of one patch share.
+    """Settings that the layers of one patch share.
 
     Attributes:
-        budget: of `min_length="auto"`, which then decides on CPU tensors; `min_length` on others.
+        budget: with `min_length="auto"`; it decides on CPU tensors, `min_length` on others.
         without_backend: devices on which no sparse backend was found.
     """
 
@@ -67,13 +67,13 @@ class Options:
     without_backend: set[torch.device] = field(default_factory=set)
 
     def bill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Bill | None:
-        """What a sequence costs, where that decides (`min_length="auto"`)."""
+        """The bill of a sequence, where costs decide (`min_length="auto"`)."""
         budget = self.budget_on(q.device)
         plain = call.softcap is None and call.sinks is None
         return None if budget is None else budget.bill(layer, q, k, v, plain=plain)
 
     def budget_on(self, device: torch.device) -> Budget | None:
-        """The budget, where it decides: costs are those of the CPU backend."""
+        """The budget, if it decides on this device: its costs are those of the CPU backend."""
         on_cpu = device.type == "cpu" and self.backend in ("auto", "cpu")
         return self.budget if on_cpu else None
 
@@ -86,10 +86,10 @@ class Options:
                 "sparse_patch.report(model) counts such calls.",
             )
 
-    def say_once(self, about: str, text: str) -> None:
-        """Warn, the first time that it is about this."""
-        if about not in self.warned:
-            self.warned.add(about)
+    def say_once(self, key: str, text: str) -> None:
+        """Warn, unless there was a warning for this key already."""
+        if key not in self.warned:
+            self.warned.add(key)
             warnings.warn(f"sparse_patch: {text}", SparsePatchWarning, stacklevel=2)
 
 
@@ -102,7 +102,7 @@ def why_exact(
     mask: Tensor | None,
     call: Call,
 ) -> str | None:
-    """The reason why no sequence of a call can be sparse, judged without looking at values.
+    """The reason why no sequence of a call can be sparse, judged without reading values.
 
     "few queries" catches speculative decoding: a handful of queries against a long cache.
 
@@ -137,18 +137,18 @@ def why_sequence_exact(
 ) -> str | None:
     """The reason why one sequence cannot be sparse, or should not.
 
-    Where q or k holds NaN or infinity, a choice by logits means nothing. On the CPU such a call is
-    exact. Elsewhere to look would stop the device in every layer (see `layer.run_sparse`).
+    Where q or k holds NaN or infinity, a choice by logits means nothing. On the CPU such a call
+    runs exact. Elsewhere, checking would stop the device in every layer (see `layer.run_sparse`).
 
     Args:
         q: `[heads, q_len, dim]`; k: `[kv_heads, kv_len, dim]`.
-        new: those of k that no earlier step has looked at.
+        new: the keys of k that no earlier step has checked.
         bill: decides in place of the patch's `min_length`.
     """
     if bill is not None:
         if reason := bill.why_exact():
             return reason
-    elif k.shape[1] < options.min_length:  # without its padding, that is
+    elif k.shape[1] < options.min_length:  # counted without padding
         return "short"
     if q.device in options.without_backend:
         return "no backend"
@@ -158,15 +158,15 @@ def why_sequence_exact(
 
 
 def decodes_sparsely(method: Method | None) -> bool:
-    """Does it choose keys for single new rows?"""
+    """Does the method choose keys for single new rows?"""
     return getattr(method, "sparse_decode", False)
 
 
 def waits(x: Tensor) -> bool:
-    """Would reading a value of this tensor wait for a device that is behind?"""
+    """Would reading a value of this tensor wait for its device?"""
     return x.device.type != "cpu"
 
 
 def checksum(q: Tensor, k: Tensor) -> Tensor:
-    """A scalar that is finite if all of q and k is."""
+    """A scalar that is finite if q and k are."""
     return q.sum(dtype=torch.float32) + k.sum(dtype=torch.float32)

@@ -1,7 +1,7 @@
 """From scores to blocks: rankings, budgets, forced blocks. Blocks are counted from position 0.
 
-Every policy here answers with one number a row: how many of its ranked blocks (`rank`) are kept. So
-lists can be shared by heads that differ in budget only.
+Every policy returns one number per row: how many of its ranked blocks (`rank`) are kept. So heads
+that differ only in budget can share a list.
 
 Shapes: scores `[lists, rows, blocks]`, allowed and forced bool `[rows, blocks]` or with a leading
 `[lists]`; counts int64 `[lists, rows]`. A score is the log of the estimated attention mass, up to
@@ -82,27 +82,27 @@ class BlockGrid:
 def mass_of(scores: Tensor, allowed: Tensor) -> Tensor:
     """Scores as shares of a row's mass: softmax over the allowed blocks, 0 elsewhere."""
     mass = scores.masked_fill(~allowed, _NEVER).softmax(-1)
-    return mass.masked_fill(mass.isnan(), 0.0)  # a row without any
+    return mass.masked_fill(mass.isnan(), 0.0)  # rows without an allowed block
 
 
 def count_top_p(
     mass: Tensor, forced: Tensor, gamma: float | Tensor, *, forced_first: bool = True
 ) -> Tensor:
-    """Blocks per row until their mass reaches `gamma`, the one that crosses the line included.
+    """Blocks per row until their mass reaches `gamma`, the one that reaches it included.
 
     Args:
-        mass: `[lists, rows, blocks]`, 0 where a block may not be seen; rows need not sum to 1, the
-            shares of what they hold count.
+        mass: `[lists, rows, blocks]`, 0 where a block is not visible; rows need not sum to 1:
+            `gamma` is a share of their sum.
         gamma: a number, or `[lists, 1, 1]`.
-        forced_first: the forced blocks' mass counts before any other; otherwise they come on top
-            of what the mass alone selects.
+        forced_first: the forced blocks' mass counts before any other; otherwise they are added to
+            what the mass alone selects.
     """
     forced = forced.expand_as(mass)
     key = mass.masked_fill(forced, float("inf")) if forced_first else mass
     order = key.argsort(dim=-1, descending=True, stable=True)
     running = mass.gather(-1, order).double().cumsum(-1)
     target = running[..., -1:] * gamma
-    # Up to and including the first that reaches the line; float sums never pass their own total.
+    # Includes the first block that reaches the target; float sums never pass their own total.
     before = torch.cat([torch.zeros_like(running[..., :1]), running[..., :-1]], -1)
     chosen = torch.zeros_like(forced).scatter_(-1, order, before < target)
     return (chosen | forced).sum(-1)
@@ -137,18 +137,18 @@ def reach(mass: Tensor, share: float | Tensor) -> Tensor:
 def mask_of(order: Tensor, count: Tensor) -> Tensor:
     """bool `[heads, rows, blocks]`: the first `count [heads, rows]` of each ranked row.
 
-    `order` may have fewer lists than `count` has heads: they share.
+    `order` may have fewer lists than `count` has heads: heads then share a list.
     """
     kept = torch.arange(order.shape[-1], device=order.device) < count[..., None]
     mask = torch.zeros_like(kept)
     order = order[:, None].expand(-1, count.shape[0] // order.shape[0], -1, -1).flatten(0, 1)
-    for some in lists_at_once(mask):
-        mask[some].scatter_(-1, order[some].long(), kept[some])
+    for lists in lists_at_once(mask):
+        mask[lists].scatter_(-1, order[lists].long(), kept[lists])
     return mask
 
 
 def ranking_of(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A ranking and counts of it whose `mask_of` is `mask [heads, rows, blocks]`."""
+    """A ranking and counts for which `mask_of` gives `mask [heads, rows, blocks]`."""
     order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return order.int(), mask.sum(-1)
 

@@ -1,14 +1,14 @@
-"""The sequences in a batch: which keys each row sees, said in one number per key.
+"""The sequences in a batch: which keys each row sees, in one number per key.
 
-A mask `[batch, kv_len]` is about the keys; the queries are the last of them:
+A mask `[batch, kv_len]` has a value per key; the queries are the last keys:
 
     bool    True at a real token, False at padding;
-    int64   the first key that a query at this place sees (all from there to itself), or `kv_len`,
-            which lies behind it, at padding.
+    int64   the first key that a query at this place sees (it sees all from there to itself), or
+            `kv_len` at padding.
 
-The second form says what hides keys besides causality and padding without the square that it would
-take to write out: windows (i - w + 1), chunks (where i's chunk begins) and packed sequences (where
-i's sequence begins).
+The second form describes what hides keys besides causality and padding, without a square mask:
+windows (i - w + 1), chunks (where i's chunk begins) and packed sequences (where i's sequence
+begins).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What other code may do to a mask on its way to attention, beside looking at its attributes.
+# What other code may do to a mask on its way to attention, besides reading its attributes.
 _HARMLESS = {
     Tensor.__getitem__, Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.contiguous, Tensor.clone,
     Tensor.detach, Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.as_subclass,
@@ -31,13 +31,13 @@ _HARMLESS = {
 
 
 class CausalMask(Tensor):
-    """A mask `[batch, kv_len]` as above, for the eyes of our attention only.
+    """A mask `[batch, kv_len]` as above, that only our attention may read.
 
-    Code that takes it for the 4-D mask it usually gets would broadcast it, and let queries see the
-    future. So it can be handed on, moved, and cut with the four indices of a 4-D mask (as Gemma 4's
-    layers that share keys do; it does not depend on the query's index, so that is a cut of its own
-    two axes); computing with it is an error. As bool it is the padding that it holds: `generate`
-    hands masks to models that take them for that, and ask for another.
+    Code that takes it for the usual 4-D mask would broadcast it, and let queries see the future. So
+    it can be passed on, moved, and cut with the four indices of a 4-D mask (as Gemma 4's layers
+    that share keys do; it does not depend on the query's index, so that cuts its own two axes);
+    computing with it is an error. Converted to bool it is the padding: `generate` passes masks to
+    models that take them for padding, and make a new one.
     """
 
     @classmethod
@@ -62,7 +62,7 @@ class CausalMask(Tensor):
 
 
 def padding_of(mask: Tensor) -> Tensor:
-    """bool `[batch, kv_len]`, True at real tokens, of a mask as above or one of numbers 0 and 1."""
+    """bool `[batch, kv_len]`, True at real tokens, from a mask as above or one of 0 and 1."""
     plain = _plain(mask)
     if plain.dtype == torch.bool:
         return plain
@@ -70,15 +70,15 @@ def padding_of(mask: Tensor) -> Tensor:
 
 
 def _plain(mask: Tensor) -> Tensor:
-    """A plain tensor: what another class indexes becomes one. Numbers of others are 0 or 1."""
+    """The mask as a plain tensor, since indexing keeps a subclass; others become bool."""
     return mask.as_subclass(Tensor) if isinstance(mask, CausalMask) else mask.bool()
 
 
 def _two_indices(mask: Tensor, index: Any) -> Any:
-    """Of a mask's own axes, from those of a 4-D mask.
+    """The indices of the mask's two axes, from those of a 4-D mask.
 
     Raises:
-        RuntimeError: keys are cut off from a mask whose numbers count from the first of them.
+        RuntimeError: keys are cut off an int64 mask, whose numbers count from the first key.
     """
     two = (index[0], index[3]) if isinstance(index, tuple) and len(index) == 4 else index
     keys = two[1] if isinstance(two, tuple) and len(two) > 1 else slice(None)
@@ -90,9 +90,9 @@ def _two_indices(mask: Tensor, index: Any) -> Any:
 
 def _misused(how: str) -> RuntimeError:
     return RuntimeError(
-        f"sparse_patch: {how} on the attention mask of a patched model. Attention other than ours "
-        "got it: another library replaced a forward after the model was patched, or this family "
-        "computes with its mask. Call sparse_patch.unpatch(model)."
+        f"sparse_patch: {how} on the attention mask of a patched model, which only sparse_patch "
+        "can read: another library replaced a forward after the model was patched, or this model "
+        "family computes with its mask. Call sparse_patch.unpatch(model)."
     )
 
 
@@ -101,10 +101,10 @@ class Span:
     """Some queries of a batch row and the keys that they see: causal, the queries being the last.
 
     Attributes:
-        keys: their places in the row.
-        queries: their places among the row's queries.
-        first: int64 `[queries]`, on the CPU: the first of `keys` that each query sees; None: the
-            first there is.
+        keys: their indices in the row.
+        queries: their indices among the row's queries.
+        first: int64 `[queries]`, on the CPU: index into `keys` of the first key that each query
+            sees; None: 0.
     """
 
     keys: slice | Tensor
@@ -119,33 +119,33 @@ _SPANS = "_sparse_patch_spans"
 def spans_of(mask: Tensor | None, batch: int, q_len: int) -> list[list[Span]]:
     """The spans of every row of a batch; none in a row that is all padding.
 
-    Packed sequences and chunks are a span each; a single query beyond its window is none of them.
-    The layers of a forward share a mask, whose values are read once.
+    Every packed sequence and every chunk is a span, but not a single query beyond its window. The
+    layers of a forward share a mask, whose values are read once.
 
     Args:
-        mask: `[batch, kv_len]` as above; None: nothing but causality hides keys.
-        q_len: how many of the keys, the last ones, are queries too.
+        mask: `[batch, kv_len]` as above; None: causal, nothing else.
+        q_len: number of queries, which are the last keys.
     """
     if mask is None:
         return [[_WHOLE]] * batch
     known: tuple[int, list[list[Span]]] | None = getattr(mask, _SPANS, None)
     if known is None or known[0] != q_len:
         known = q_len, [_spans_of_row(row, q_len, mask.device) for row in _plain(mask).cpu()]
-        if isinstance(mask, CausalMask):  # whose values nobody changes
+        if isinstance(mask, CausalMask):  # its values never change
             setattr(mask, _SPANS, known)
     return known[1]
 
 
 def visible_to_last(mask: Tensor) -> Tensor:
-    """bool `[batch, 1, 1, kv_len]`: what the last place of each row sees."""
+    """bool `[batch, 1, 1, kv_len]`: the keys that the last query of each row sees."""
     mask = _plain(mask)
     place = torch.arange(mask.shape[1], device=mask.device)
-    seen = mask if mask.dtype == torch.bool else (mask <= place) & (place >= mask[:, -1:])
-    return seen[:, None, None]
+    visible = mask if mask.dtype == torch.bool else (mask <= place) & (place >= mask[:, -1:])
+    return visible[:, None, None]
 
 
 def _spans_of_row(row: Tensor, q_len: int, device: torch.device) -> list[Span]:
-    """Spans of `row [kv_len]`, which lies on the CPU; their indices lie on `device`."""
+    """Spans of `row [kv_len]`, a CPU tensor; their indices are on `device`."""
     real = row if row.dtype == torch.bool else row <= torch.arange(len(row))
     keys, queries = real.nonzero()[:, 0], real[len(row) - q_len :].nonzero()[:, 0]
     n = len(queries)

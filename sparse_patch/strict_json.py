@@ -1,4 +1,4 @@
-"""JSON files of unknown origin: read as data, and refused where JSON leaves room for doubt."""
+"""JSON files of unknown origin: read as data, and refused where JSON is ambiguous."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["decode_text", "parse_json", "read_json"]
 
 MOST_BYTES = 64 << 20
-# The longer marks come first: that of UTF-32 begins like that of UTF-16.
+# Longer marks come first: the mark of UTF-32 begins like that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -23,16 +23,16 @@ _MARKS = {
 
 
 def read_json(path: str | Path, *, nan: bool = False) -> Any:
-    """The value that a file holds.
+    """The value in a JSON file.
 
     Args:
-        nan: take NaN and Infinity, as Python writes them, for numbers.
+        nan: allow NaN and Infinity, as Python writes them.
 
     Raises:
         ValueError: longer than MOST_BYTES, not UTF-8, not JSON, nested too deeply for Python, a key
-            twice in one object, half of a surrogate pair, or a number that is not finite. Names
-            what, not the file: callers know better what it should have been.
-        OSError: it cannot be read.
+            twice in one object, half of a surrogate pair, or a number that is not finite. The
+            message names the fault, not the file, which callers add.
+        OSError: the file cannot be read.
     """
     with open(os.path.expanduser(path), "rb") as file:
         content = file.read(MOST_BYTES + 1)
@@ -45,7 +45,7 @@ def decode_text(content: bytes) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-        ValueError: it is not UTF-8; says how to make it so. Names what, not the file.
+        ValueError: the content is not UTF-8; says how to convert it.
     """
     for mark, kind in _MARKS.items():
         if content.startswith(mark):
@@ -69,22 +69,22 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
     if not nan:
         options |= {"parse_constant": _finite, "parse_float": _finite}
     try:
-        found = json.loads(text, **options)
+        value = json.loads(text, **options)
         if "\\u" in text:
-            json.dumps(found, ensure_ascii=False).encode("utf-8")
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair is no text") from error
-    return found
+        raise ValueError("half of a surrogate pair is not valid text") from error
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice!r} is there twice")
-    return found
+        raise ValueError(f"the key {twice!r} appears twice")
+    return result
 
 
 def _finite(text: str) -> float:

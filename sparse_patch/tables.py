@@ -8,13 +8,13 @@ from .strict_json import read_json
 
 
 def read_layers(owner: str, path: str) -> list[Any]:
-    """The list that a JSON file holds.
+    """The list in a JSON file.
 
     Args:
-        owner: who asks, for the errors: `Method: parameter`.
+        owner: `Method: parameter`, for the errors.
 
     Raises:
-        ValueError: naming the file, what is wrong with it and what it should be.
+        ValueError: the file cannot be read or holds no list; the message names file and fault.
     """
     try:
         layers = read_json(path)

@@ -1,4 +1,4 @@
-"""What a patch is about: attention modules of the text decoder, their configs and devices."""
+"""What a patch changes: attention modules of the text decoder, their configs and devices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-# These select keys themselves. Most hand the choice over as an argument that only "eager" and
-# "sdpa" turn into a mask: under any other name the model silently loses its own sparsity. Families
-# that come later show by a module that is called an indexer or a compressor.
+# These select keys themselves. Most pass the choice as an argument that only "eager" and "sdpa"
+# turn into a mask: under any other name the model silently loses its own sparsity. Later families
+# are recognised by a module that is called an indexer or a compressor.
 NATIVE_SPARSE = {
     "axk2",
     "deepseek_v32",
@@ -61,7 +61,7 @@ def attention_modules(root: PreTrainedModel) -> list[tuple[int, nn.Module]]:
             "it cannot be patched; see https://huggingface.co/docs/transformers/attention_interface"
         )
     kind = type(text_config(root))
-    found = [
+    candidates = [
         module
         for module in owner.modules()
         if isinstance(getattr(module, "config", None), kind)
@@ -69,33 +69,33 @@ def attention_modules(root: PreTrainedModel) -> list[tuple[int, nn.Module]]:
         and getattr(module, "is_causal", True)
         and not (getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__)
     ]
-    lookers = [module for module in found if looks_attention_up(module)]
-    for module in found:
+    patchable = [module for module in candidates if looks_attention_up(module)]
+    for module in candidates:
         cls: Any = type(module)
-        if module not in lookers and _asked_when_written(cls):
+        if module not in patchable and _asked_when_written(cls):
             raise ValueError(
                 f"{name}: the forward of {cls.__name__} was replaced (by one of "
                 f"{getattr(_forward_of(module), '__module__', 'another library')}), and what runs "
                 "now does not look attention up through Transformers' AttentionInterface: a patch "
-                "would never be asked. Load the model without what replaced it."
+                "would never be called. Load the model without the library that replaced it."
             )
-    if not lookers:
+    if not patchable:
         raise ValueError(
             f"{name}: found no causal self-attention module in its text decoder to patch (a "
             "recurrent model has none); if the decoder is part of another model, patch that one"
         )
-    return list(zip(_indices(lookers), lookers, strict=True))
+    return list(zip(_indices(patchable), patchable, strict=True))
 
 
 def _indices(modules: list[nn.Module]) -> list[int]:
-    """The layer indices of attention modules; where these do not tell them apart, their order."""
+    """The layer indices of attention modules; their order where indices are missing or repeated."""
     indices = [getattr(module, "layer_idx", None) for module in modules]
     known = [index for index in indices if type(index) is int and index >= 0]
     return known if len(set(known)) == len(modules) else list(range(len(modules)))
 
 
 def _selects_keys_itself(root: PreTrainedModel, decoder: PreTrainedModel) -> str | None:
-    """What gives a natively sparse model away, or None."""
+    """The model type or module name that shows native sparsity, or None."""
     for kind in (root.config.model_type, text_config(root).model_type):
         if kind in NATIVE_SPARSE:
             return str(kind)
@@ -112,9 +112,9 @@ def looks_attention_up(module: nn.Module) -> bool:
 
 
 def _forward_of(module: nn.Module) -> Any:
-    """The function behind a module's forward, whoever has wrapped it."""
+    """The function behind a module's forward, without wrappers."""
     forward: Any = module.forward
-    while isinstance(forward, functools.partial):  # as accelerate's hooks hang one on the module
+    while isinstance(forward, functools.partial):  # accelerate's hooks set one on the module
         forward = getattr(forward, "__wrapped__", forward.func)
     forward = inspect.unwrap(forward)
     return getattr(forward, "__func__", forward)
@@ -124,7 +124,7 @@ def _forward_of(module: nn.Module) -> Any:
 def _asks(function: Any, kind: Hashable, depth: int = 2) -> bool:
     """Does a function, or one that it calls, look a function up through `get_interface`?
 
-    Told by the names in its code, so that it is about what runs, wherever that was written.
+    Judged by the names in its code, so it holds for the code that runs, wherever it was written.
     """
     code = getattr(function, "__code__", None)
     if code is None:
@@ -134,7 +134,9 @@ def _asks(function: Any, kind: Hashable, depth: int = 2) -> bool:
         return True
     called = (getattr(kind, name, None) or function.__globals__.get(name) for name in names)
     return depth > 0 and any(
-        _asks(inspect.unwrap(one), kind, depth - 1) for one in called if inspect.isfunction(one)
+        _asks(inspect.unwrap(callee), kind, depth - 1)
+        for callee in called
+        if inspect.isfunction(callee)
     )
 
 
@@ -152,7 +154,7 @@ def _asked_when_written(kind: Any) -> bool:
             continue
         try:
             source = inspect.getsource(base)
-        except (OSError, TypeError):  # none: a frozen app, a notebook
+        except (OSError, TypeError):  # no source: a frozen app, a notebook
             continue
         if ".get_interface(" in source and "_attn_implementation" in source:
             return True
@@ -160,12 +162,12 @@ def _asked_when_written(kind: Any) -> bool:
 
 
 def computing_devices(modules: Iterable[nn.Module]) -> set[torch.device]:
-    """Where modules compute: weights that are offloaded lie elsewhere until they are needed."""
+    """Devices on which modules compute; offloaded weights are elsewhere until they are needed."""
     devices = set()
     for module in modules:
-        hook = getattr(module, "_hf_hook", None)  # of accelerate, on the module or what it holds
+        hook = getattr(module, "_hf_hook", None)  # accelerate's, on the module or its children
         hooks = [hook, *(getattr(child, "_hf_hook", None) for child in module.modules())]
-        named = [getattr(one, "execution_device", None) for one in hooks]
+        named = [getattr(hook, "execution_device", None) for hook in hooks]
         where = next((device for device in named if device is not None), None)
         if where is None:
             devices |= {parameter.device for parameter in module.parameters()}
@@ -188,7 +190,7 @@ def text_configs(
 ) -> list[PreTrainedConfig]:
     """Every config whose `_attn_implementation` the decoder or its mask code reads.
 
-    The top-level config belongs to them: some vision-language models build the decoder's mask from
+    The top-level config is one of them: some vision-language models build the decoder's mask from
     it. Their towers read sub-configs of their own, which stay untouched.
     """
     configs = [root.config, text_config(root), decoder_of(root).config]
@@ -197,6 +199,6 @@ def text_configs(
 
 
 def decoder_of(root: PreTrainedModel) -> PreTrainedModel:
-    """The text decoder, by whichever model that holds it it is asked for."""
+    """The text decoder of a model; of a decoder, itself."""
     decoder = root.get_decoder()
     return decoder if isinstance(decoder, PreTrainedModel) else root

@@ -131,7 +131,9 @@ def test_an_implementation_asked_for_meanwhile_is_told_of_and_left(llama, asked)
     handle = sparse_patch.patch(llama, "a_shape", **ANY)
     llama.set_attn_implementation(asked)
     name = asked if isinstance(asked, str) else asked[""]
-    with pytest.warns(SparsePatchWarning, match=f"attn_implementation='{name}' by now") as caught:
+    with pytest.warns(
+        SparsePatchWarning, match=f"changed to attn_implementation='{name}'"
+    ) as caught:
         got = [run(llama), run(llama)][1]
     assert len(caught) == 1
     handle.remove()

@@ -176,7 +176,7 @@ def test_it_prints_and_is_json(found):
     [
         (torch.ones(2, 9, dtype=torch.long), {}, "one sequence"),
         (torch.ones(9, dtype=torch.long), {}, "one sequence"),
-        (torch.ones(1, 0, dtype=torch.long), {}, r"a token or more; got \[1, 0\]"),
+        (torch.ones(1, 0, dtype=torch.long), {}, r"at least one token; got \[1, 0\]"),
         (
             {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.tensor([[0, 1, 1]])},
             {},

@@ -276,7 +276,7 @@ def test_chunks_packing_and_padding_before_it_are_an_error():
     given = packing(ENDS, "positions") | {"attention_mask": torch.ones(1, 90).long()}
     padded = {name: torch.nn.functional.pad(x, (13, 0)) for name, x in given.items()}
     with sparse_patch.patch(model, "dense", **KEEP):
-        with pytest.raises(ValueError, match="does not go together with packed"):
+        with pytest.raises(ValueError, match="cannot be combined with packed"):
             logits(model, ids, **padded)
 
 
@@ -321,7 +321,7 @@ def test_packed_sequences_cannot_go_on_from_a_cache(how):
     model = tiny_model("llama")
     with sparse_patch.patch(model, "dense", **KEEP), torch.no_grad():
         past = model(tokens(20), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="cannot go on from a cache, which holds 20 tokens"):
+        with pytest.raises(ValueError, match="cannot continue a cache, which holds 20 tokens"):
             model(tokens(90), past_key_values=past, **packing(ENDS, how))
         model(tokens(90), past_key_values=DynamicCache(), **packing(ENDS, how))
 

@@ -137,7 +137,7 @@ def test_dense_layers_stay_exact(llama):
 def test_a_model_split_by_heads_refuses_what_is_about_all_of_them(llama, method, params, named):
     """In tests/eval/test_scale_out.py the model is really split; here it only says so."""
     llama._tp_size = 2
-    with pytest.raises(ValueError, match=f"{named} is about all heads .* over 2 processes"):
+    with pytest.raises(ValueError, match=f"{named} refers to all heads .* over 2 processes"):
         sparse_patch.patch(llama, method, **params)
     sparse_patch.patch(llama, method)
     llama._tp_size = None
@@ -658,7 +658,7 @@ def test_a_compiled_model_has_gradients(llama):
 
 
 def test_a_graph_does_not_outlive_its_patch():
-    with pytest.raises(RuntimeError, match="belongs to a patch that is no more"):
+    with pytest.raises(RuntimeError, match="belongs to a removed patch"):
         layer.LayerState.of_handle(10**9)
 
 

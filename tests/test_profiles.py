@@ -107,7 +107,7 @@ def test_plans_that_are_no_blocks_or_of_other_sizes_do_not_mix():
     blocks = BlockPlan.from_block_mask(torch.ones(1, 4, 4).bool().tril(), block_q=16, block_k=16)
     window = BlockPlan(64, 64, 16, window=8)
     other = BlockPlan.from_block_mask(torch.ones(1, 2, 2).bool().tril(), block_q=32, block_k=32)
-    for plan, message in ((window, "whole blocks of keys"), (other, "blocks of as many rows")):
+    for plan, message in ((window, "whole blocks of keys"), (other, "same number of rows")):
         parts = [Part([0], [0], 1, blocks), Part([1], [0], 1, plan)]
         with pytest.raises(ValueError, match=message):
             merged(parts, 2, 64, torch.device("cpu"))
@@ -188,16 +188,16 @@ def broken(**changes):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([], "no 'sparse-patch profile 1'"),
+        ([], "not in the format 'sparse-patch profile 1'"),
         (broken(format="sparse-patch profile 9"), "sparse-patch tune"),
         (broken(layers=[]), "must be objects"),
         (broken(model={"type": "llama"}), "numbers of layers, heads"),
         (broken(model__heads=True), "numbers of layers, heads"),
-        (broken(layers__9=[]), "layer 9 of 4"),
-        (broken(layers__one=[]), "layer 'one' is no number"),
+        (broken(layers__9=[]), "no layer 9 in a model of 4 layers"),
+        (broken(layers__one=[]), "layer 'one' is not a number"),
         (broken(layers__0={}), "layer 0 must be a list"),
         (broken(layers__0__0={"heads": [0]}), "must have heads, method, params"),
-        (broken(layers__0__0__heads="0"), "heads='0' is of another type"),
+        (broken(layers__0__0__heads="0"), "heads='0' must be a list"),
         (broken(layers__0__0__heads=[0.5]), "must be numbers"),
         (broken(layers__0__0__heads=[4]), "names heads"),
         (broken(layers__0__0__heads=[2]), "two methods"),
@@ -211,10 +211,10 @@ def broken(**changes):
         (broken(layers__0__0__heads=[]), "must be numbers"),
         (broken(layers__0__0__heads=[True]), "must be numbers"),
         (broken(layers__0__0__heads=[-1]), "names heads"),
-        (broken(layers__00=[]), "layer '00' is no number"),
+        (broken(layers__00=[]), "layer '00' is not a number"),
         (broken(model__heads=10**12, layers__0=[{}]), "layer 0: {} must have"),
-        (broken(model__code="x"), "does not know 'code'"),
-        (broken(more=1), "does not know 'more'"),
+        (broken(model__code="x"), "unknown keys 'code'"),
+        (broken(more=1), "unknown keys 'more'"),
         (broken(made=[]), "must be objects"),
     ],
 )
@@ -236,7 +236,7 @@ def test_a_wrong_file_is_refused_and_says_what_is_wrong(tmp_path, llama, made, m
         (json.dumps(MIXED).replace("0.5", "1e999"), "1e999 is not a finite number"),
         (json.dumps(MIXED).replace("0.5", "1" * 5000), "not JSON: Exceeds the limit"),
         (json.dumps(MIXED).replace("0.5", "[" * 10**5), "nested too deeply"),
-        ('{"format": 1, "format": 2}', "the key 'format' is there twice"),
+        ('{"format": 1, "format": 2}', "the key 'format' appears twice"),
         ("\x80\x04pickle", r"not JSON: not UTF-8 \(invalid start byte at byte 0\)"),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_profile_names_no_further_file(tmp_path):
     for method, name in (("xattention", "thresholds"), ("minference", "patterns")):
         share = {"heads": [0, 1, 2, 3], "method": method, "params": {name: "../table.json"}}
         (tmp_path / "p.json").write_text(json.dumps(content({"0": [share]})))
-        with pytest.raises(ValueError, match=rf"p\.json: .*{name}='\.\./table\.json' is a file"):
+        with pytest.raises(ValueError, match=rf"p\.json: .*{name}='\.\./table\.json' names a file"):
             Profile.load(tmp_path / "p.json")
 
 
@@ -304,9 +304,9 @@ def test_other_bad_arguments(llama, tmp_path):
     with pytest.raises(FileNotFoundError):
         sparse_patch.patch(llama, profile=tmp_path / "none.json")
     profile = Profile.from_dict(MIXED)
-    with pytest.raises(ValueError, match="profile= says which methods run"):
+    with pytest.raises(ValueError, match="profile= already names the methods"):
         sparse_patch.patch(llama, "flexprefill", profile=profile)
-    with pytest.raises(ValueError, match="profile= says which methods run"):
+    with pytest.raises(ValueError, match="profile= already names the methods"):
         sparse_patch.patch(llama, profile=profile, gamma=0.9)
     for method in (None, "auto"):
         with pytest.raises(ValueError, match="or give a profile="):

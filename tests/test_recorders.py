@@ -89,7 +89,7 @@ def test_a_graph_of_another_process_is_not_taken_for_ours(whole, inputs, monkeyp
         graph = torch.export.export(whole, inputs).module()
     with sparse_patch.patch(whole.model, "dense", min_length=0), torch.no_grad():
         assert len(layer._by_handle) >= 4
-        with pytest.raises(RuntimeError, match="belongs to a patch that is no more"):
+        with pytest.raises(RuntimeError, match="belongs to a removed patch"):
             graph(*inputs)
 
 

@@ -55,7 +55,7 @@ def test_a_changed_table_plans_or_is_refused_by_name(tmp_path, method, data):
         ("", "is not JSON"),
         ("[NaN]", "NaN is not a finite number"),
         ("[" * 10**5, "nested too deeply"),
-        ('[{"0": 1, "0": 2}]', "the key '0' is there twice"),
+        ('[{"0": 1, "0": 2}]', "the key '0' appears twice"),
         ('[{"' + "1" * 5000 + '": ["block_sparse", 1, 0, 1]}]', "table.json"),
         ("[" + "1" * 5000 + "]", "Exceeds the limit"),
         ("{}", "must hold a JSON list"),

@@ -106,7 +106,7 @@ def test_a_forward_replaced_after_the_patch_is_told_of_once(llama, replace, monk
     want = logits(llama, input_ids=ids)
     with sparse_patch.patch(llama, "dense", **KEEP):
         replace(llama, own_forward, monkeypatch)
-        with pytest.warns(SparsePatchWarning, match=r"did not ask for attention") as caught:
+        with pytest.warns(SparsePatchWarning, match=r"did not call our attention") as caught:
             got, _ = (logits(llama, input_ids=ids, use_cache=False) for _ in range(2))
         assert len(caught) == 1
         layers = [2] if replace is on_one_instance else [0, 1, 2, 3]

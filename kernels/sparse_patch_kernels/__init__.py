@@ -1,14 +1,14 @@
-"""One block-sparse attention op, several backends: what to attend comes in as a `BlockPlan`.
+"""One block-sparse attention op with several backends; a `BlockPlan` says which keys to attend.
 
-Public beside the names here is what these modules list in `__all__`, and no more:
+Besides the names here, what these modules list in `__all__` is public, and no more:
 
     estimators           how large what they make at a time may be
-    estimators.*         what methods tell the worth of keys by
+    estimators.*         estimates of the worth of keys, for methods
     estimators.*.kernel  the same in Triton, for those who check kernels
     dispatch             what runs as a kernel, and where
-    reference            the op as it is defined
+    reference            the definition of the op
     triton.forward       the op in Triton
-    triton.launch        the door of every kernel: what is launched, and with which configuration
+    triton.launch        launches every kernel: with what, and with which configuration
     cpu.native           the op in C++
     cpu.building         building a C++ library, and whose files may be loaded
 """
@@ -43,7 +43,7 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message says what it needs."""
+    """A backend cannot run here; the message says what it needs."""
 
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
@@ -147,27 +147,26 @@ def block_sparse_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact softmax attention over the keys that `plan` keeps; the others weigh nothing.
+    """Exact softmax attention over the keys that `plan` keeps; other keys have no weight.
 
     Args:
         q: `[heads, q_len, dim]`, fp32, bf16 or fp16 (fp64 works too). Row r is position
             `kv_len - q_len + r`.
         k: `[kv_heads, kv_len, dim]`; query head h reads KV head `h // (heads // kv_heads)`.
         v: `[kv_heads, kv_len, v_dim]`.
-        plan: what to keep.
+        plan: the keys to keep.
         scale: factor on the logits; default `1 / sqrt(dim)`.
         backend: one of `BACKENDS`; default "auto".
-        return_lse: also return the log-sum-exp of the logits that took part, sinks included.
+        return_lse: also return the log-sum-exp of the kept logits, sinks included.
         softcap: logits become `softcap * tanh(scale * q . k / softcap)`; above 0.
-        sinks: `[heads]`, for each head a logit more that takes part in the softmax and carries no
-            value.
+        sinks: `[heads]`, one extra logit per head that takes part in the softmax and has no value.
 
     Returns:
         `[heads, q_len, v_dim]` in q's dtype; with `return_lse` also `[heads, q_len]`, float32.
         A row that sees no key gives 0 and -inf.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or do not fit the plan.
+        ValueError: shapes, dtypes or devices do not match one another or the plan.
         BackendUnavailable: see `choose_backend`.
     """
     _check_inputs(q, k, v, plan, softcap, sinks)
@@ -214,7 +213,7 @@ def _check_inputs(
         raise ValueError(f"softcap={softcap} must be above 0, or None for no cap")
     if sinks is not None and (sinks.shape != q.shape[:1] or sinks.device != q.device):
         raise ValueError(
-            f"sinks must hold one logit a query head, [{q.shape[0]}] on {q.device}; got "
+            f"sinks must hold one logit per query head, [{q.shape[0]}] on {q.device}; got "
             f"{tuple(sinks.shape)} on {sinks.device}"
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -1,4 +1,4 @@
-"""How many keys a plan keeps: what density is made of, and the test for overlaps."""
+"""Numbers of keys that a plan keeps, for its density and the check for overlaps."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def _reordered(plan: PlanLayout, last: Tensor, runs: list[RunList], order: Tenso
     n_slots = order.shape[1]
     order = order.repeat_interleave(plan.heads // order.shape[0], 0)
     kept = []
-    for head in range(plan.heads):  # one at a time: the slots of all would take much room
+    for head in range(plan.heads):  # one at a time, to save memory
         listed = torch.zeros(
             len(last), n_slots + 1, dtype=torch.bool, device=last.device
-        )  # one slot more, for what a run names past the end
+        )  # one extra slot, for run entries past the end
         for run in runs:
             block, slot = run.valid(plan.heads)[head].nonzero(as_tuple=True)
             start = run.expand(plan.heads)[0][head, block, slot].long()
@@ -77,7 +77,7 @@ def _reordered(plan: PlanLayout, last: Tensor, runs: list[RunList], order: Tenso
 def _reordered_on_grid(plan: PlanLayout, last: Tensor, run: RunList, order: Tensor) -> Tensor:
     """`_reordered` of one list whose runs lie on the grid of their width."""
     heads, width = plan.heads, run.width
-    # What fills the last run up is after every row.
+    # The padding of the last run is after every row.
     slots = torch.nn.functional.pad(order, (0, -order.shape[1] % width), value=plan.kv_len)
     ranked = slots.view(len(order), -1, width).sort(dim=-1).values
     limit = last.to(order.dtype)
@@ -85,15 +85,18 @@ def _reordered_on_grid(plan: PlanLayout, last: Tensor, run: RunList, order: Tens
     kept = []
     for first in range(0, heads, step):
         head = torch.arange(first, min(first + step, heads), device=last.device)
-        mine = ranked[head * len(order) // heads]
-        # How many slots of each run the last row of each query block sees.
-        seen = torch.searchsorted(
-            mine, limit.expand(*mine.shape[:2], -1).contiguous(), right=True, out_int32=True
+        sorted_slots = ranked[head * len(order) // heads]
+        # Number of slots of each run that the last row of each query block sees.
+        visible = torch.searchsorted(
+            sorted_slots,
+            limit.expand(*sorted_slots.shape[:2], -1).contiguous(),
+            right=True,
+            out_int32=True,
         ).mT
         count = run.count[head * run.count.shape[0] // heads]
         listed = run.start[head * run.start.shape[0] // heads].long() // width
         held = torch.arange(listed.shape[2], device=last.device) < count[..., None]
-        kept.append(seen.gather(2, listed).masked_fill_(~held, 0).sum((-1, -2)))
+        kept.append(visible.gather(2, listed).masked_fill_(~held, 0).sum((-1, -2)))
     return torch.cat(kept)
 
 

@@ -1,7 +1,7 @@
-"""Which functions run as Triton kernels, or compiled on a CPU: plain ones give their work away.
+"""Dispatch of plain PyTorch functions to Triton kernels, or to compiled code on a CPU.
 
-What runs instead lies in a module beside the plain function, under the same name, see `estimators`.
-Nothing here imports it, or Triton, until a tensor asks for it.
+The faster function has the same name in a module beside the plain one, see `estimators`. Neither
+that module nor Triton is imported until a tensor needs it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Device types that Triton has kernels for; AMD cards call themselves "cuda" too.
 GPUS = ("cuda", "xpu")
-# Every function that has a kernel, by name, with the module of that: scripts/gpu_check.py checks
-# them all.
+# Every function with a kernel, by name, with the kernel's module: scripts/gpu_check.py checks all.
 KERNELS: dict[str, tuple[str, Callable[..., Any]]] = {}
 
 
@@ -37,24 +36,24 @@ def uses_triton(x: Tensor) -> bool:
 
 
 def has_kernel(plain: F) -> F:
-    """Mark a plain PyTorch function that `kernel.py` beside it has under the same name.
+    """Decorator: a plain PyTorch function with a kernel of the same name in `kernel.py` beside it.
 
-    Called with a first tensor that `uses_triton`, the kernel runs instead. It takes the same
-    arguments and gives the same result up to rounding; for arguments that it cannot take it
-    returns NotImplemented, and the plain function runs. That one stays at hand as `.plain`.
+    If the first tensor `uses_triton`, the kernel runs instead. It takes the same arguments and
+    gives the same result up to rounding; for unsupported arguments it returns NotImplemented, and
+    the plain function runs, which stays available as `.plain`.
     """
     module = _beside(plain, "kernel")
-    # Looked up at every call: the scripts that check kernels put another in its place.
+    # Looked up at every call, because scripts that check kernels replace it.
     either = _either(plain, module, lambda x: uses_triton(x))
     KERNELS[plain.__name__] = (module, either)
     return either
 
 
 def has_native(plain: F) -> F:
-    """Mark a plain PyTorch function that `native.py` beside it has, compiled, under the same name.
+    """Decorator: a plain PyTorch function with a compiled one of the same name in `native.py`.
 
-    Called with a first tensor on a CPU, that one runs instead; the rest is as for `has_kernel`,
-    which goes on top where a function has both.
+    If the first tensor is on a CPU, the compiled one runs instead; otherwise as `has_kernel`, which
+    is the outer decorator of a function with both.
     """
     return _either(plain, _beside(plain, "native"), lambda x: x.device.type == "cpu")
 

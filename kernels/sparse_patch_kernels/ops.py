@@ -1,6 +1,6 @@
-"""The op as PyTorch sees it: one opaque function of tensors, so that a compiled graph holds whole.
+"""The op for PyTorch: one opaque function of tensors, so that it does not break a compiled graph.
 
-Only compiled code comes this way; an eager call runs its backend directly.
+Only compiled code uses it; an eager call runs its backend directly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def run(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend that `choose_backend` named."""
+    """Run the backend that `choose_backend` returned."""
     name = ".reference" if backend == "reference" else f".{backend}.forward"
     module = importlib.import_module(name, __package__)
     out, lse = module.block_sparse_attention(q, k, v, plan, scale, softcap, sinks)

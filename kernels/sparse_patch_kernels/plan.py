@@ -6,11 +6,11 @@ given as positions in the sequence, j is visible to i when
     j <= i   and   ( j lies in a run listed for i's query block
                      or  j < sink   or   i - j < window )
 
-A key that several clauses name counts once. Query rows are the last `q_len` of `kv_len` positions,
-so row r of a call sits at position `kv_len - q_len + r`.
+A key that several clauses include counts once. Query rows are the last `q_len` of `kv_len`
+positions, so row r of a call sits at position `kv_len - q_len + r`.
 
-A run list may also be pooled: its keys and values then enter as means of `pool` neighbours, one
-group as one key whose logit gains log(pool), so that a group weighs about what its keys would. A
+A run list may also be pooled: its keys and values then enter as means of `pool` neighbours. Such a
+group is one key whose logit gains log(pool), so that it weighs about as much as its keys would. A
 group is visible to a row when all of its keys are at or before the row. Groups lie on the grid of
 `pool` from key 0 (slot 0, with `key_order`), so each KV head is averaged once for all rows.
 """
@@ -36,18 +36,18 @@ class BlockPlan(PlanLayout):
         q_len: query rows of the call.
         kv_len: keys of the call; the queries are the last `q_len` of these positions.
         block_q: query rows that share a list; block b holds rows `[b * block_q, (b+1) * block_q)`.
-        runs: run lists; may be empty when `sink` and `window` say it all.
+        runs: run lists; may be empty if `sink` and `window` suffice.
         sink: the first `sink` keys are visible to every row (token-exact).
         window: keys closer than `window` tokens are visible (token-exact; 1 is the row itself).
         key_order: int `[lists, kv_len]` or None. With it, runs list slots, and slot s holds key
             `key_order[s]`; causality, sink and window stay on the keys' own positions.
 
     Pooled runs must not overlap other runs, `sink` or `window`: a key would count twice. (Under
-    `key_order` a run is no range of positions, and only runs are checked against one another.)
+    `key_order` a run is not a range of positions, so only runs are checked against one another.)
 
     Raises:
-        ValueError: a field is out of range, lists do not fit together, or (on CPU, where looking
-            costs little) a run is out of order, overlaps what it must not or lies out of sight.
+        ValueError: a field is out of range, lists do not fit together, or (checked on the CPU only,
+            where it costs little) a run is out of order, overlaps or is not visible.
     """
 
     def __post_init__(self) -> None:
@@ -93,8 +93,8 @@ class BlockPlan(PlanLayout):
             block_q: tokens per query block.
             block_k: tokens per key block.
             q_len: queries; default: full blocks, as many queries as keys when the two grids allow
-                it. A ragged end is fitted when the plan is run.
-            kv_len: keys, as q_len.
+                it. The exact lengths are fitted when the plan is run.
+            kv_len: keys, like q_len.
 
         Raises:
             ValueError: the mask is not three-dimensional, or its grid does not cover the lengths.
@@ -121,11 +121,11 @@ class BlockPlan(PlanLayout):
         return dataclasses.replace(blank, runs=(RunList.from_mask(mask, block_k),))
 
     def check(self) -> None:
-        """Look at every run: ascending, disjoint, begun before the block's last row; pooled runs
-        also on their grid and apart from all else.
+        """Check every run: ascending, disjoint, beginning before the block's last row; pooled runs
+        also on their grid and without overlap. Reads the lists, so on a GPU it waits.
 
         Raises:
-            ValueError: naming what is wrong. Reads the lists, so on a GPU it waits for them.
+            ValueError: naming the fault.
         """
         for run in self.runs:
             start, count = run.expand(run.heads)
@@ -199,16 +199,15 @@ class BlockPlan(PlanLayout):
     def density(self) -> float:
         """Kept / causal, over (query block, key block) pairs of all heads.
 
-        A plan of one run list is counted in blocks of its width. Any other is counted in keys that
-        at least one row of the query block sees, which is the same measure with blocks of width 1.
-        A pooled group that some row sees counts as one key.
+        A plan with one run list is counted in blocks of its width. Other plans are counted in keys
+        that at least one row of the query block sees: the same measure with blocks of width 1. A
+        pooled group that some row sees counts as one key.
         """
         return float(self.head_density().mean())
 
     def to_dense_mask(self, q_len: int | None = None, kv_len: int | None = None) -> Tensor:
-        """bool `[heads, q_len, kv_len]`: the token mask every backend must equal.
-
-        Pooled runs are not in it.
+        """bool `[heads, q_len, kv_len]`: the token mask that every backend must match, without
+        pooled runs.
 
         Raises:
             ValueError: the lengths do not fit the plan (see `fit`).

@@ -1,4 +1,4 @@
-"""PlanLayout: the fields of a BlockPlan, and where their blocks, rows and keys lie."""
+"""PlanLayout: the fields of a BlockPlan, and the positions of its blocks, rows and keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .runs import RunList
 
 @dataclass(frozen=True, eq=False)
 class PlanLayout:
-    """What a BlockPlan, which describes the fields, is made of: unchecked, and not yet counted."""
+    """The fields of a BlockPlan, which documents and checks them."""
 
     q_len: int
     kv_len: int
@@ -33,7 +33,7 @@ class PlanLayout:
 
     @property
     def heads(self) -> int:
-        """Heads the plan tells apart; divides the number of query heads of a call."""
+        """Number of heads with their own choice of keys; divides the query heads of a call."""
         order = 1 if self.key_order is None else self.key_order.shape[0]
         return max([order, *(run.heads for run in self.runs)])
 
@@ -78,8 +78,8 @@ class PlanLayout:
     def pooled_keys(self, run: RunList, head: int, block: int) -> Tensor:
         """int64 `[groups, pool]`: the keys of each group of a pooled run list, for one query block.
 
-        A row sees a group when the largest of its keys is not after the row. A group that the end
-        of the sequence cuts short is left out.
+        A row sees a group if none of its keys is after the row. A group that the end of the
+        sequence cuts short is left out.
         """
         count = int(run.count[head * run.count.shape[0] // self.heads, block])
         start = run.start[head * run.start.shape[0] // self.heads, block, :count].long()

@@ -1,4 +1,4 @@
-"""The truth: dense masked softmax from a plan, in float32. Slow, obvious, any device."""
+"""The reference: dense masked softmax from a plan, in float32. Slow, obvious, on any device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def block_sparse_attention(
         k, v: `[kv_heads, kv_len, dim]` and `[kv_heads, kv_len, v_dim]`.
         softcap: logits become `softcap * tanh(logits / softcap)`; a pooled key's log(pool) is added
             after that.
-        sinks: `[heads]`, a logit more for each head, without a value.
+        sinks: `[heads]`, one extra logit per head, without a value.
         acc: compute in this dtype; default: q's, but float32 at least.
 
     Returns:
@@ -62,7 +62,7 @@ def block_sparse_attention(
                 logits.append(sinks[head].to(acc).expand(len(queries), 1))
                 shown.append(values.new_zeros(1, values.shape[1]))
             scores = torch.cat(logits, 1)
-            # A fully masked row is a softmax of -inf only: defined here as no output, not NaN.
+            # A fully masked row, a softmax of -inf only, gives 0 here, not NaN.
             blind = scores.isneginf().all(-1, keepdim=True)
             probs = scores.softmax(-1).masked_fill(blind, 0.0)
             out[head, rows] = (probs @ torch.cat(shown)).to(q.dtype)

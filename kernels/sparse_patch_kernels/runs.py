@@ -16,14 +16,15 @@ class RunList:
 
     Attributes:
         start: int32 `[lists, n_q_blocks, n]`, first key of each run; runs are disjoint and
-            ascending. `lists` divides the number of query heads: one a head, a KV group, or all.
-        count: int32 `[counts, n_q_blocks]`, how many entries of `start` hold; the rest is padding.
-            Where `counts` exceeds `lists`, heads share a list and each takes a beginning of its
-            own: such a list is ranked, best run first, instead of ascending.
+            ascending. `lists` divides the number of query heads: one per head, per KV group, or for
+            all.
+        count: int32 `[counts, n_q_blocks]`, number of valid entries of `start`; the rest is
+            padding. Where `counts` exceeds `lists`, heads share a list and each takes its own
+            number of first entries: such a list is ranked, best run first, instead of ascending.
         width: tokens in each run.
-        pool: neighbours averaged into one key and one value; divides `width` and every start.
-            1: none.
-        on_grid: every start is a multiple of `width`. To say so makes counting quicker.
+        pool: neighbours averaged into one key and one value; divides `width` and every start. 1: no
+            pooling.
+        on_grid: every start is a multiple of `width`, which makes counting faster.
     """
 
     start: Tensor
@@ -72,12 +73,12 @@ class RunList:
 
     @property
     def heads(self) -> int:
-        """Heads that this list tells apart: the larger of `lists` and `counts`."""
+        """Number of heads with their own list or count: the larger of `lists` and `counts`."""
         return max(self.start.shape[0], self.count.shape[0])
 
     @property
     def ranked(self) -> bool:
-        """Are lists shared and cut per head, best run first, instead of ascending?"""
+        """Do heads share lists, best run first, and cut them by their own counts?"""
         return self.count.shape[0] > self.start.shape[0]
 
     def expand(self, heads: int) -> tuple[Tensor, Tensor]:
@@ -90,10 +91,10 @@ class RunList:
         return start, count
 
     def counts(self, heads: int) -> Tensor:
-        """int32 `[heads, n_q_blocks]`: how many runs each head has."""
+        """int32 `[heads, n_q_blocks]`: number of runs of each head."""
         return self.count.repeat_interleave(heads // self.count.shape[0], 0)
 
     def valid(self, heads: int) -> Tensor:
-        """bool `[heads, n_q_blocks, n]`: which entries of the expanded `start` hold."""
+        """bool `[heads, n_q_blocks, n]`: which entries of the expanded `start` are valid."""
         slots = torch.arange(self.start.shape[2], device=self.count.device)
         return slots < self.counts(heads)[..., None]

@@ -32,7 +32,7 @@ class AShape(Method):
 
     sink: int = param(128, "first tokens that every query keeps", least=0)
     window: int = param(3968, "latest tokens that a query keeps, itself included", least=1)
-    block_size: int = param(128, "query rows computed together, tokens", least=1)
+    block_size: int = param(128, "query rows per block", least=1)
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
         check_sequence(q, k, q_offset)

@@ -4,10 +4,10 @@
     K[n] = (sum over the rows of chunk n of mean over heads of k) / sqrt(rows)
     s[m, n] = Q[m] . K[n]                                               no softmax
 
-Every token is worth what its chunk is, and a query block keeps its best tokens: with chunks of one
+A token scores what its chunk scores, and a query block keeps its best tokens: with chunks of one
 size, its `topk` best blocks. Among them are the first block (128 global tokens) and the latest two,
-so that every row has at least its last 128 tokens; the last 64 queries, where the instruction
-stands, see everything.
+so that every row has at least its last 128 tokens; the last 64 queries, which hold the instruction,
+attend to every key.
 
 Source: DHSA (arXiv:2510.24606), its training-free variant. Left out: the trained predictor of chunk
 boundaries, and the reuse of one layer's lists by later layers; every layer makes its own here. Ours
@@ -41,11 +41,13 @@ class DHSA(BlockScorer):
 
     select: str = param(
         "topk",
-        "how scores become blocks; they rank, but are no log of a mass",
+        "how scores become blocks; scores of this method rank, but estimate no mass",
         choices=("topk", "per_head_budget", "held_out"),
     )
     local_blocks: int = param(2, "latest blocks that a row keeps, its own included", least=1)
-    dense_rows: int = param(64, "so many last query rows see all, in whole blocks", least=0)
+    dense_rows: int = param(
+        64, "number of last query rows that attend to every key, in whole blocks", least=0
+    )
 
     def block_scores(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> Tensor:
         """See BlockScorer.block_scores; one list for all heads, of scores that only rank."""

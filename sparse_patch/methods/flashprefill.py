@@ -5,8 +5,8 @@
 
 Row m keeps the blocks with a[m, n] >= alpha * max over n of a[m, n]. A block counts only for
 queries that have all of it in their past, so a row's own block has no score; it is forced, as are
-two first blocks, the four latest, and everything for the last two query blocks. Queries are not
-averaged, so one that looks somewhere strongly is heard. Scores are made one query block at a time.
+the first two blocks, the latest four, and everything for the last two query blocks. Queries are not
+averaged, so a single query with strong attention counts. Scores are made one query block at a time.
 
 Source: FlashPrefill (arXiv:2603.06199; qhfan/FlashPrefill); presets are its alpha per model.
 """
@@ -53,12 +53,17 @@ class FlashPrefill(BlockScorer):
 
     select: str = param("threshold", "how scores become blocks", choices=POLICIES)
     alpha: float = param(
-        0.12, "threshold: at least so much of the row's best block", above=0, upto=1
+        0.12,
+        "threshold: keep blocks with at least this share of the best block's mass",
+        above=0,
+        upto=1,
     )
     sink_blocks: int = param(2, "first blocks that every row keeps", least=0)
     local_blocks: int = param(4, "latest blocks that a row keeps, its own included", least=1)
-    # With 128 tokens a block: two blocks, however ragged the last one is.
-    dense_rows: int = param(129, "so many last query rows see all, in whole blocks", least=0)
+    # In blocks of 128 tokens: two blocks, even if the last one is partial.
+    dense_rows: int = param(
+        129, "number of last query rows that attend to every key, in whole blocks", least=0
+    )
 
     def block_scores(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> Tensor:
         """See BlockScorer.block_scores; one list per head, -inf from a row's own block on."""

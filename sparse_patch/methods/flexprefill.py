@@ -42,20 +42,22 @@ class FlexPrefill(Method):
 
     gamma: float = param(0.9, "share of the estimated attention mass to keep", above=0, upto=1)
     tau: float = param(
-        0.1, "query-aware below this distance; 0: never, from 0.833: always", least=0
+        0.1, "heads below this distance are query-aware; 0: none, from 0.833: all", least=0
     )
-    min_budget: int = param(1024, "at least so many tokens of vertical and of slash", least=1)
+    min_budget: int = param(1024, "minimum tokens of vertical lines, and of slash lines", least=1)
     max_budget: int | None = param(
-        None, "at most so many tokens of vertical and of slash", least=1, kind=int
+        None, "maximum tokens of vertical lines, and of slash lines", least=1, kind=int
     )
     block_size: int = param(128, "tokens per block", choices=(16, 32, 64, 128))
     variant: str = param(
-        "corrected", "the authors' code, or its repair", choices=("released", "corrected")
+        "corrected",
+        "released: as the authors' code; corrected: its slips repaired",
+        choices=("released", "corrected"),
     )
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
-        """Method.plan; None up to `max(2 * block_size, min_budget)` keys, for chunks shorter than
-        a block, and for gamma = 1, which asks for all of it."""
+        """Method.plan; None up to `max(2 * block_size, min_budget)` keys, for chunks shorter than a
+        block, and for gamma = 1, which keeps all."""
         check_sequence(q, k, q_offset)
         q_len, kv_len, block = q.shape[1], k.shape[1], self.block_size
         least_blocks = -(-self.min_budget // block)
@@ -72,7 +74,7 @@ class FlexPrefill(Method):
         n_slash = n_slash.masked_fill(aware, least_blocks)
         first_row_block = q_offset // block
         mask = _line_blocks(vertical, slash, n_vertical, n_slash, first_row_block)
-        heads = aware.nonzero()[:, 0]  # on a GPU, waits for it: once, here
+        heads = aware.nonzero()[:, 0]  # the one wait for a GPU
         if len(heads):
             pooled_q = pool_mean(q[heads], block, q_offset)
             keys = pooled_k[heads // (q.shape[0] // k.shape[0])]
@@ -96,7 +98,7 @@ class FlexPrefill(Method):
     def _is_query_aware(
         self, probe: Tensor, pooled_k: Tensor, vertical: Tensor, scale: float
     ) -> Tensor:
-        """bool `[heads]`: does pooled attention tell the truth about the probe?
+        """bool `[heads]`: does pooled attention agree with the probe?
 
         Jensen-Shannon distance (natural log, square root) of softmax(mean(q) . mean(k)) and the
         blocks' true mass. A block whose mass is exactly 0 makes it NaN, and NaN < tau is false:
@@ -136,7 +138,7 @@ def _map_blocks(
     """bool `[heads, rows, blocks]`: largest entries of the pooled attention map.
 
     Entries of the whole map compete, rows together, while their sum is at most `gamma` of its mass:
-    the entry that crosses the line stays out.
+    the entry that exceeds it stays out.
     """
     heads, rows, _ = pooled_q.shape
     blocks = pooled_k.shape[1]

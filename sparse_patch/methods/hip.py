@@ -1,4 +1,4 @@
-"""HiP: a beam search down a binary tree of key leaves finds what each query block looks at.
+"""HiP: a beam search down a binary tree of key leaves finds the keys of each query block.
 
 Between sink and window, keys are cut into leaves of `block_k` tokens. For every block of queries
 the search starts from K = mask_k / block_k equal chunks of leaves; then, until all are single
@@ -12,9 +12,9 @@ token-exact. `beam_factor` makes the search wider, and keeps the K best leaves o
 
 Source: HiP (arXiv:2406.09827, ICLR 2025), compared with lists that the authors' code v1.1 made.
 What differs from it: scores are ranked in float32 (theirs pass a sigmoid in bf16, where large ones
-tie); the first chunks are equal unless `init="aligned"`; and a list that decode steps reuse holds
-the window's left edge where it was, so that no token falls between the two. The leaves are coarser
-and the budget larger than the paper's.
+tie); the first chunks are equal unless `init="aligned"`; and while decode steps reuse a list, the
+window's left edge stays where it was, so that no token falls between the two. The leaves are
+coarser and the budget larger than the paper's.
 """
 
 from __future__ import annotations
@@ -45,21 +45,23 @@ class Hip(Method):
         "paper": {"block_q": 32, "block_k": 2, "mask_k": 512}
     }
 
-    dense_layers: int = param(3, "first layers that sparse_patch.patch keeps exact", least=0)
+    dense_layers: int = param(
+        3, "number of first layers that sparse_patch.patch keeps exact", least=0
+    )
     block_q: int = param(64, "query rows that share a list", least=1)
-    stride_q: int = param(2, "score every so many rows of a query block", least=1)
+    stride_q: int = param(2, "score every stride_q-th row of a query block", least=1)
     block_k: int = param(8, "tokens per leaf", least=1)
-    stride_k: int = param(1, "score every so many keys of a leaf", least=1)
-    mask_k: int = param(1024, "tokens the search keeps, beside sink and window", least=1)
+    stride_k: int = param(1, "score every stride_k-th key of a leaf", least=1)
+    mask_k: int = param(1024, "tokens that the search keeps, besides sink and window", least=1)
     sink: int = param(16, "first tokens that every query keeps", least=0)
     window: int = param(256, "latest tokens that a query keeps, itself included", least=1)
     rep: str = param("center", "which leaf represents a chunk", choices=("center", "first"))
     init: str = param(
         "floor", "first chunks: equal, or cut at powers of two", choices=("floor", "aligned")
     )
-    beam_factor: int = param(1, "search so many times wider, keep the best leaves", least=1)
-    row_causal: bool = param(True, "a key scores with those rows only whose window it has left")
-    refresh: int = param(8, "decode steps that use one list; 0: decode is exact", least=0)
+    beam_factor: int = param(1, "factor by which the search is wider than what it keeps", least=1)
+    row_causal: bool = param(True, "score a key only with rows whose window it has left")
+    refresh: int = param(8, "decode steps that share one list; 0: decoding is exact", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +87,7 @@ class Hip(Method):
     def decode(
         self, q: Tensor, k: Tensor, *, scale: float, memory: Any
     ) -> tuple[BlockPlan | None, Any]:
-        """See Method.decode; the memory is the last list and how many keys there were then."""
+        """See Method.decode; the memory is the last list and the number of keys it was made at."""
         kv_len = k.shape[1]
         if memory is None or kv_len - memory[1] >= self.refresh:
             plan = self.plan(q, k, scale=scale, q_offset=kv_len - 1)
@@ -102,5 +104,5 @@ class Hip(Method):
 
     @property
     def tree(self) -> Tree:
-        """The parameters that the search goes by."""
+        """The parameters of the search."""
         return Tree(**{field.name: getattr(self, field.name) for field in fields(Tree)})

@@ -1,4 +1,4 @@
-"""InfiniteHiP: stages of ever finer chunks, each pruned by what a binary scan finds in a chunk.
+"""InfiniteHiP: stages of ever finer chunks, each pruned by a binary scan of every chunk.
 
 Between sink and window, keys are cut into chunks. For every block of queries a stage scans all its
 chunks: it halves a chunk, goes on in the half whose middle key scores more, down to a single key;
@@ -12,10 +12,10 @@ O(T^2 / chunk), the others O(T). In decoding every stage runs at an interval of 
 between its runs the later ones work on what it left.
 
 Source: InfiniteHiP (arXiv:2502.08910), its pruning only: no position extension, no offloading.
-`variant="released"` keeps what the authors' code v1.2 kept: there, chunks that lie in the window
-already compete too; a scan may read keys after the query block if the window is shorter than two of
-the first chunks; and if those are shorter than the block, keys just before the window of its last
-rows are no candidates. By default none of this happens.
+`variant="released"` keeps what the authors' code v1.2 kept: there, chunks inside the window compete
+too; a scan may read keys after the query block if the window is shorter than two of the first
+chunks; and if those are shorter than the block, keys just before the window of its last rows are no
+candidates. By default none of this happens.
 """
 
 from __future__ import annotations
@@ -76,18 +76,22 @@ class InfiniteHip(Method):
     keep: tuple[int, ...] = param((32768, 8192, 2048), "tokens kept by each stage")
     stride_q: tuple[int, ...] = param((4, 4, 1), "query rows averaged into one, of each stage")
     refresh: tuple[int, ...] = param(
-        (16, 8, 4), "decode steps from run to run of each stage; all 0: decode is exact"
+        (16, 8, 4), "decode steps between runs of each stage; all 0: decoding is exact"
     )
-    early_layers: int = param(3, "so many first layers keep more at the end", least=0)
-    early_keep: int = param(4096, "tokens kept at least by the last stage there", least=1)
+    early_layers: int = param(3, "number of first layers that use early_keep", least=0)
+    early_keep: int = param(4096, "minimum tokens kept by the last stage of those layers", least=1)
     block_q: int = param(64, "query rows that share a list", least=1)
     sink: int = param(256, "first tokens that every query keeps", least=0)
     window: int = param(
-        1024, "latest tokens that a query keeps; no less than a chunk of the first stage", least=1
+        1024, "latest tokens that a query keeps; at least a chunk of the first stage", least=1
     )
-    lists: str = param("shared", "one list for all heads, or one each", choices=("shared", "each"))
+    lists: str = param(
+        "shared", "one list for all heads, or one per head", choices=("shared", "each")
+    )
     variant: str = param(
-        "corrected", "the authors' code, or its repair", choices=("released", "corrected")
+        "corrected",
+        "released: as the authors' code; corrected: its slips repaired",
+        choices=("released", "corrected"),
     )
 
     def __post_init__(self) -> None:
@@ -139,21 +143,21 @@ class InfiniteHip(Method):
     def decode(
         self, q: Tensor, k: Tensor, *, scale: float, memory: Any
     ) -> tuple[BlockPlan | None, Any]:
-        """See Method.decode; a stage runs when its time has come, or with one before it.
+        """See Method.decode; a stage runs at its interval, or when an earlier one runs.
 
-        The memory is the number of steps so far, that of keys when the first stage last ran, and
-        what each stage passed on.
+        The memory is the number of steps so far, the number of keys when the first stage last ran,
+        and what each stage passed on.
         """
         kv_len = k.shape[1]
         if self._keeps_all(kv_len):
             return None, None
         lists: tuple[Tensor, ...]
         step, built, lists = memory or (0, kv_len, ())
-        due = [stage for stage, every in enumerate(self.refresh) if step % every == 0]
+        due = [stage for stage, interval in enumerate(self.refresh) if step % interval == 0]
         if due:
             lists = self._run_stages(q, k, scale, kv_len - 1, lists[: due[0]])
             built = built if due[0] else kv_len
-        # What leaves the window after the first stage has run is in no list: it stays in view.
+        # Keys that leave the window after the first stage ran are in no list, so the window grows.
         plan = self._plan_of(lists[-1], 1, kv_len, self._window + kv_len - built)
         return plan, (step + 1, built, lists)
 
@@ -185,7 +189,7 @@ class InfiniteHip(Method):
 
         Args:
             q: `[heads, rows, dim]`, the rows of some query blocks; row 0 is position `q_offset`.
-            done: what the first stages have passed on before; only the others run.
+            done: what the first stages passed on earlier; only the others run.
         """
         first = torch.arange(q_offset, q_offset + q.shape[1], self.block_q)
         last = (first + self.block_q).clamp(max=q_offset + q.shape[1]) - 1
@@ -224,8 +228,8 @@ class InfiniteHip(Method):
 def _group_rows(q: Tensor, block: int, stride: int, scale: float) -> Tensor:
     """`[heads, rows, dim]` -> `[heads, blocks, groups, dim]`: means of `stride` rows, scaled.
 
-    The last group may be smaller, and comes again where the last block has fewer groups. Single
-    rows stay what they are where a positive scale is all there is to change: it ranks no key.
+    The last group may be smaller, and is repeated where the last block has fewer groups. Single
+    rows are not multiplied by a positive scale, which changes no ranking.
     """
     n = q.shape[1]
     means = q if stride == 1 and scale > 0 else pool_mean(q, stride) * scale

@@ -2,13 +2,13 @@
 
     a[m, n] = softmax over causal n of  mean(q in block m) . mean(k in block n) / sqrt(d)
 
-A row keeps its best blocks until they hold `gamma` of that mass; the first block and its own come
-on top. The plainest block scorer there is, and the baseline of many papers.
+A row keeps its best blocks until they hold `gamma` of that mass, and also the first block and its
+own. The simplest block scorer, and the baseline of many papers.
 
 Source: the MeanPooling baseline of PBS-Attn (arXiv:2510.21270); the same scores with
 `select="topk"` are MInference's block-sparse heads (arXiv:2407.02490) plus the forced blocks.
-`variant="released"` follows that baseline's code, which averages a ragged last block over zero rows
-too and so flattens its scores; the default averages real rows only.
+`variant="released"` follows that baseline's code, which averages a partial last block over zero
+rows too and so flattens its scores; the default averages real rows only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MeanPool(BlockScorer):
 
     variant: str = param(
         "corrected",
-        "corrected: a ragged block is the mean of its real rows; released: of zeros too",
+        "corrected: a partial block is the mean of its real rows; released: zero rows count too",
         choices=("corrected", "released"),
     )
 

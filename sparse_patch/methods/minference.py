@@ -15,8 +15,8 @@ for the first of 64 query rows and up to 63 keys longer for the others.
 window. A head without an entry takes `pattern` and its sizes.
 
 Source: MInference (arXiv:2407.02490, NeurIPS 2024); the line search, the walk and the defaults
-follow the authors' code (microsoft/MInference). Its block_sparse forces no block at all, so a
-query may not even see itself: `variant="released"` does that, ours forces the diagonal.
+follow the authors' code (microsoft/MInference). Its block_sparse forces no block at all, so a query
+may not even see itself: `variant="released"` does that, the default forces the diagonal.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Pattern(NamedTuple):
 
 
 def _keeps(x: float) -> dict[str, Any]:
-    """Vertical and slash lines, in the proportion of the defaults; it takes 30 and 50 at least."""
+    """Vertical and slash lines, in the proportion of the defaults; 30 and 50 at least."""
     return {"vertical": max(30, round(1000 * x)), "slash": max(50, round(6096 * x))}
 
 
@@ -81,10 +81,10 @@ class MInference(Method):
     files: ClassVar[tuple[str, ...]] = ("patterns",)
 
     pattern: str = param(
-        "vertical_and_slash", "what a head keeps that no table lists", choices=tuple(_READS)
+        "vertical_and_slash", "pattern of the heads that no table lists", choices=tuple(_READS)
     )
-    vertical: int = param(1000, "vertical_and_slash: key columns; 30 at the least", least=1)
-    slash: int = param(6096, "vertical_and_slash: distances; 50 at the least", least=1)
+    vertical: int = param(1000, "vertical_and_slash: number of key columns, at least 30", least=1)
+    slash: int = param(6096, "vertical_and_slash: number of distances, at least 50", least=1)
     topk: int = param(100, "block_sparse: blocks of 64 per row", least=1)
     sink: int = param(1024, "stream_llm: first tokens", least=0)
     window: int = param(4096, "stream_llm: latest tokens, the query included", least=1)
@@ -95,7 +95,9 @@ class MInference(Method):
         None, "one layer's table: (head, pattern, size1, size2), ...", kind=tuple
     )
     variant: str = param(
-        "corrected", "block_sparse: forces the diagonal, or not", choices=("corrected", "released")
+        "corrected",
+        "block_sparse: corrected always keeps the diagonal, released may not",
+        choices=("corrected", "released"),
     )
 
     def __post_init__(self) -> None:
@@ -149,8 +151,8 @@ class MInference(Method):
         """Method.plan; None where the sizes of every head cover all keys.
 
         Raises:
-            ValueError: with `patterns`, which layer this is must be said first (`for_layer`); or
-                an entry names a head that q does not have.
+            ValueError: `patterns` is set (use `for_layer` first), or an entry names a head that q
+                does not have.
         """
         check_sequence(q, k, q_offset)
         patterns = self._patterns(q.shape[0])
@@ -192,7 +194,11 @@ class MInference(Method):
 
 
 def _checked(where: str, entries: Iterable[Any]) -> tuple[Entry, ...]:
-    """The entries as tuples, unless one is not a head of its own, a known type and two sizes."""
+    """The entries as tuples.
+
+    Raises:
+        ValueError: an entry is not a head, a known type and two sizes, or a head is listed twice.
+    """
     result: dict[int, Entry] = {}
     for entry in entries:
         if not _is_entry(entry):
@@ -219,8 +225,8 @@ def _is_entry(entry: Any) -> bool:
 def _lines(q: Tensor, k: Tensor, scale: float, patterns: list[Pattern]) -> tuple[Tensor, Tensor]:
     """bool `[heads, kv_len]` twice: the columns and the distances that each head keeps.
 
-    A stream_llm head keeps its first columns and its shortest distances, one that is to keep
-    everything all distances; what comes out for a block_sparse head means nothing.
+    A stream_llm head keeps its first columns and its shortest distances, a head that keeps
+    everything all distances; the rows of a block_sparse head mean nothing.
     """
     position = torch.arange(k.shape[1], device=q.device)
     size1, size2 = torch.tensor([p[1:] for p in patterns], device=q.device).unbind(1)
@@ -228,30 +234,30 @@ def _lines(q: Tensor, k: Tensor, scale: float, patterns: list[Pattern]) -> tuple
     stream = torch.tensor([p.kind == "stream_llm" for p in patterns], device=q.device)[:, None]
     columns = torch.where(stream, position < size1[:, None], columns)
     slashes = torch.where(stream, position < size2[:, None], slashes)
-    # Tiles say "everything" shorter than single columns do.
-    every = torch.tensor([p.keeps_all(len(position)) for p in patterns], device=q.device)[:, None]
-    return columns & ~every, slashes | every
+    # Tiles list everything more briefly than single columns.
+    whole = torch.tensor([p.keeps_all(len(position)) for p in patterns], device=q.device)[:, None]
+    return columns & ~whole, slashes | whole
 
 
 def _best_blocks(q: Tensor, k: Tensor, patterns: list[Pattern], *, force: bool) -> Tensor:
-    """bool `[heads, query blocks, key blocks]`: as many of the best blocks as each head's size1."""
+    """bool `[heads, query blocks, key blocks]`: the best blocks, size1 per head."""
     heads, q_len, _ = q.shape
     kv_heads, kv_len, _ = k.shape
     grid = BlockGrid(q_len, kv_len, BLOCK, BLOCK, q.device)
     pooled_q, pooled_k = pool_mean(q, BLOCK, grid.q_offset), pool_mean(k, BLOCK)
-    if not force and kv_len % BLOCK:  # the released code averages the padding of the last block in
+    if not force and kv_len % BLOCK:  # the released code averages over padding too
         pooled_k[:, -1] *= kv_len % BLOCK / BLOCK
     scores = pooled_q.reshape(kv_heads, -1, q.shape[2]) @ pooled_k.mT
     causal = grid.causal()
     forced = grid.forced(0, 1) if force else torch.zeros_like(causal)
     order = rank(scores.view(heads, grid.rows, grid.blocks), causal, forced)
-    wanted = torch.tensor([pattern.size1 for pattern in patterns], device=q.device)
-    mask = mask_of(order, torch.minimum(wanted[:, None], causal.sum(-1)))
+    sizes = torch.tensor([pattern.size1 for pattern in patterns], device=q.device)
+    mask = mask_of(order, torch.minimum(sizes[:, None], causal.sum(-1)))
     return to_query_grid(mask, q_len, grid.q_offset, BLOCK)
 
 
 def _join(parts: list[tuple[list[int], RunList]], n_heads: int) -> RunList:
-    """One run list for all heads, from lists of one width for some of them each."""
+    """One run list for all heads, from lists of one width, each for some of the heads."""
     first = parts[0][1]
     n = max(part.start.shape[2] for _, part in parts)
     start = first.start.new_zeros(n_heads, first.start.shape[1], n)

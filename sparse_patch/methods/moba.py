@@ -5,12 +5,12 @@
 Query i keeps its own chunk, up to itself, and the `topk - 1` past chunks with the largest s.
 
 Source: MoBA (arXiv:2502.13189; MoonshotAI/MoBA); defaults are the chunk of 4096 and 12 of
-its repository. MoBA is a trained method: its models are trained on with the gate, and keep their
-last three layers dense. No accuracy of the gate in an untrained model is known from its authors.
+its repository. MoBA is a trained method: its models are trained with the gate, and keep their last
+three layers dense. Its authors report no accuracy of the gate in an untrained model.
 
-The gate is per token. `gate="token"` is just that, a plan with query blocks of one row, which
-block-sparse kernels run slowly. The default, `gate="block"`, keeps for every row what any row of
-its query block picks: a superset, in blocks of `block_size` rows.
+The gate is per token. `gate="token"` makes a plan with query blocks of one row, which block-sparse
+kernels run slowly. The default, `gate="block"`, keeps for every row what any row of its query block
+picks: a superset, in blocks of `block_size` rows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class MoBA(Method):
     chunk_size: int = param(4096, "tokens per key chunk", least=1)
     topk: int = param(12, "chunks that a query keeps, its own included", least=1)
     gate: str = param(
-        "block", "token: exact, slow; block: all a query block picks", choices=("token", "block")
+        "block",
+        "token: exact but slow; block: all that any row of the query block picks",
+        choices=("token", "block"),
     )
     block_size: int = param(128, "gate=block: query rows that share a list, tokens", least=1)
 
@@ -58,7 +60,7 @@ class MoBA(Method):
             )
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
-        """Method.plan; None up to `topk` chunks of keys, all of which every query would keep."""
+        """Method.plan; None up to `topk` chunks of keys, which every query would keep."""
         check_sequence(q, k, q_offset)
         q_len, kv_len = q.shape[1], k.shape[1]
         if kv_len <= self.topk * self.chunk_size:
@@ -85,7 +87,7 @@ class MoBA(Method):
 
 
 def _joined(lists: list[RunList]) -> RunList:
-    """The lists of one query tile after another."""
-    n = max(one.start.shape[2] for one in lists)
-    start = torch.cat([pad(one.start, (0, n - one.start.shape[2])) for one in lists], 1)
-    return RunList(start, torch.cat([one.count for one in lists], 1), lists[0].width)
+    """The lists of consecutive query tiles as one."""
+    n = max(runs.start.shape[2] for runs in lists)
+    start = torch.cat([pad(runs.start, (0, n - runs.start.shape[2])) for runs in lists], 1)
+    return RunList(start, torch.cat([runs.count for runs in lists], 1), lists[0].width)

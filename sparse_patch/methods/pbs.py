@@ -1,22 +1,22 @@
 """PBS-Attn: sort the keys inside each segment, then choose blocks of the sorted keys.
 
-Attention does not mind the order of its keys. So in every complete segment of `segment` keys, those
-that the last queries like best are moved to the front, and the heavy ones of a segment share a few
-blocks instead of lying in all of them:
+Attention does not depend on the order of its keys. So in every complete segment of `segment` keys,
+the keys that the last queries attend to most move to the front: the heavy keys of a segment then
+share a few blocks instead of lying in all of them.
 
     score[j] = mean over the last block_size queries of softmax_j(q . k_j * scale)
 
-(over the keys of complete segments, later ones than a query too). Queries stay where they are. Then
-a `selector` tells what each block of sorted keys is worth to each query block, and of the blocks in
-earlier segments the best are kept until they hold `tau` of what those blocks have together. A query
-block's own segment is kept whole, and so is the block that token 0 was moved to.
+(over the keys of complete segments, those after a query too). Queries stay where they are. Then a
+`selector` scores each block of sorted keys for each query block, and the best blocks of earlier
+segments are kept until they hold `tau` of those segments' mass. A query block's own segment is kept
+whole, and so is the block that token 0 was moved to.
 
 Source: PBS-Attn (arXiv:2510.21270). `variant="released"` follows the authors' code
-(xinghaow99/pbs-attn) where it slips: zeros that fill up the last query block are pooled with its
-rows, and a row whose float32 sum ends below `tau` keeps nothing but the forced blocks.
+(xinghaow99/pbs-attn) in two slips: the zeros that pad the last query block are pooled with its
+rows, and a row whose float32 sum ends below `tau` keeps only the forced blocks.
 `variant="corrected"` pools real rows only, and such a row keeps all (the paper's algorithm 2). The
-antidiagonal selector (PBS-Attn+) and `share="group"` are in the paper and were not released: our
-reading of it.
+antidiagonal selector (PBS-Attn+) and `share="group"` follow the paper; no code of them was
+released.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..registry import Examples, Knob, Method, check_sequence, param, register
 from ..selection import mass_of, to_query_grid
 from .proxyattn import proxy_heads
 
-# Numbers of sorted keys that are held at a time (128 MiB in float32).
+# Elements of sorted keys in memory at a time (128 MiB in float32).
 _SORTED_ELEMENTS = 1 << 25
 
 
@@ -59,7 +59,7 @@ def _max_pool(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
 def _antidiagonal(q: Tensor, k: Tensor, scale: float, pbs: PBS) -> Tensor:
     """XAttention's antidiagonal sums.
 
-    Its softmax runs over the query block's own segment too: rows that look there weigh less.
+    Its softmax covers the query block's own segment too, so rows that attend there weigh less.
     """
     return antidiagonal_scores(q, k, scale, block=pbs.block_size, stride=pbs.stride)
 
@@ -95,10 +95,12 @@ class PBS(Method):
     segment: int = param(256, "keys sorted together, a multiple of block_size", least=16)
     selector: str = param("mean_pool", "what scores the blocks", choices=tuple(SELECTORS))
     stride: int = param(8, "antidiagonal: tokens per group", choices=(4, 8, 16))
-    share: str = param("head", "who shares an order of the keys", choices=("head", "group"))
+    share: str = param("head", "heads that share an order of the keys", choices=("head", "group"))
     force_first: bool = param(True, "always keep the block that token 0 was moved to")
     variant: str = param(
-        "corrected", "the authors' code, or its repair", choices=("released", "corrected")
+        "corrected",
+        "released: as the authors' code; corrected: its slips repaired",
+        choices=("released", "corrected"),
     )
 
     def __post_init__(self) -> None:
@@ -114,11 +116,11 @@ class PBS(Method):
             )
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
-        """Method.plan; None up to `segment` keys, for chunks shorter than a block, and for
-        tau >= 1 in all heads, which asks for all of it.
+        """Method.plan; None up to `segment` keys, for chunks shorter than a block, and for tau >= 1
+        in all heads, which keeps all.
 
         Raises:
-            ValueError: `tau` is a tuple of another length than there are query heads.
+            ValueError: `tau` is a tuple without one number per query head.
         """
         check_sequence(q, k, q_offset)
         (heads, q_len, dim), kv_len = q.shape, k.shape[1]
@@ -130,14 +132,14 @@ class PBS(Method):
         lists = order.shape[0]
         kv_head = torch.arange(lists, device=q.device) * k.shape[0] // lists
         masks = []
-        # A few lists at a time: sorted keys of all query heads would be K many times over.
+        # A few lists at a time: sorted keys of all query heads would be many copies of K.
         step = max(1, _SORTED_ELEMENTS // (kv_len * dim))
         for first in range(0, lists, step):
-            mine = slice(first, min(first + step, lists))
-            of = slice(mine.start * heads // lists, mine.stop * heads // lists)
-            keys = k[kv_head[mine, None], order[mine]]
-            scores = SELECTORS[self.selector](q[of], keys, scale, self)
-            masks.append(self._choose(scores, order[mine], tau[of]))
+            part = slice(first, min(first + step, lists))
+            query_heads = slice(part.start * heads // lists, part.stop * heads // lists)
+            keys = k[kv_head[part, None], order[part]]
+            scores = SELECTORS[self.selector](q[query_heads], keys, scale, self)
+            masks.append(self._choose(scores, order[part], tau[query_heads]))
         mask = to_query_grid(torch.cat(masks), q_len, q_offset, self.block_size)
         plan = BlockPlan(q_len, kv_len, self.block_size, key_order=order.to(torch.int32))
         mask &= self._in_sight(order, plan.last_rows(q.device)).repeat_interleave(heads // lists, 0)
@@ -172,10 +174,10 @@ class PBS(Method):
         mass = mass_of(scores, segment < own)
         ranked, index = mass.sort(dim=-1, descending=True, stable=True)
         running = ranked.cumsum(-1)
-        every = tau >= 1  # float32 sums may end a little below 1, or above
-        taken = (F.pad(running[..., :-1], (1, 0)) < tau) | every
+        keep_all = tau >= 1  # float32 sums may end a little below 1, or above
+        taken = (F.pad(running[..., :-1], (1, 0)) < tau) | keep_all
         if self.variant == "released":
-            taken &= (running[..., -1:] >= tau) | every
+            taken &= (running[..., -1:] >= tau) | keep_all
         kept = torch.zeros_like(taken).scatter_(-1, index, taken) & (segment < own)
         kept |= segment == own
         if self.force_first:

@@ -4,13 +4,13 @@ With D = m - n blocks between query block m and key block n, n is kept iff
 
     D < local_blocks   or   D is a power of two   or   n < sink_blocks
 
-so a row keeps about local_blocks + log2(m) blocks, and after l layers a token has heard of 2^l
-blocks. All heads share one list.
+so a row keeps about local_blocks + log2(m) blocks, and after l layers information from 2^l blocks
+reaches a token. All heads share one list.
 
 Source: PowerAttention (arXiv:2503.03588), algorithm 1; defaults are its 256, 5 and 1. The pattern
-needs no training but its quality does: the paper trains on and keeps two of every seven layers
-dense. Which ones our sources do not say; here the first two layers stay dense unless `dense_layers`
-(or that argument of `sparse_patch.patch`, which takes indices too) says otherwise.
+needs no training but its quality does: the paper continues training and keeps two of every seven
+layers dense, without saying which. Here the first two layers stay dense unless `dense_layers` (or
+that argument of `sparse_patch.patch`, which takes indices too) says otherwise.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Power(Method):
     block_size: int = param(256, "tokens per block", choices=(16, 32, 64, 128, 256))
     local_blocks: int = param(5, "latest blocks that a row keeps, its own included", least=1)
     sink_blocks: int = param(1, "first blocks that every row keeps", least=0)
-    dense_layers: int = param(2, "first layers that sparse_patch.patch keeps exact", least=0)
+    dense_layers: int = param(
+        2, "number of first layers that sparse_patch.patch keeps exact", least=0
+    )
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
         """Method.plan; None where the pattern leaves nothing out."""

@@ -1,21 +1,21 @@
 """Prism: mean-pooled scores of two RoPE bands, each at its own temperature, joined.
 
 Averaging a block cancels its fast rotations and leaves the slow ones, which then drown what the
-fast say about position. So fast and slow dimensions score apart. With pair i of a head being the
-dimensions (i, i + d/2), ordered from fast to slow,
+fast ones say about position. So fast and slow dimensions are scored separately. With pair i of a
+head being the dimensions (i, i + d/2), ordered from fast to slow,
 
     high band: the first `high` of the pairs       low band: the last `low` of them
     T = sqrt(d_band / d) * rms(Q_band) / rms(Q) * rms(K_band) / rms(K)
     p[m, n] = softmax over causal n of  Q_band[m] . K_band[n] / (sqrt(d_band) * T)
 
 where Q and K are block means and rms runs over a head's blocks and the band's dimensions. A row
-keeps a block when either band does: the union of two top-p sets, and the first block and its own.
-Any other policy joins the choices of the two bands in the same way.
+keeps a block when either band does: the union of two top-p sets, plus the first block and its own.
+Other policies join the choices of the two bands in the same way.
 
 Source: Prism (arXiv:2602.08426); the bands are its 64 and 96 of 128 dimensions as fractions. They
 assume rotary embedding over the whole head in the rotate-half layout, as in Llama, Qwen and most
-models of Transformers; where a model rotates otherwise, they are just two sets of dimensions. In
-place of 1/sqrt(d) stands the scale of the model.
+models of Transformers; in a model that rotates otherwise they are just two sets of dimensions. The
+scale of the model stands in place of 1/sqrt(d).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Prism(BlockScorer):
             float32 `[2, heads, rows, blocks]`, the high band first.
 
         Raises:
-            ValueError: head_dim is odd, so it has no pairs.
+            ValueError: head_dim is odd.
         """
         dim = q.shape[2]
         if dim % 2:

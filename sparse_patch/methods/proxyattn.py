@@ -1,17 +1,17 @@
 """ProxyAttn: real token scores of a few averaged heads rank the blocks for all heads of a group.
 
-Heads of a layer look at much the same tokens and differ in how many they need. So a group of heads
-is averaged into one proxy; its blocks are scored with real, strided token scores,
+Heads of a layer attend to much the same tokens and differ in how many they need. So a group of
+heads is averaged into one proxy, whose blocks are scored by strided token scores,
 
     A[m, n] = max over the block pair of softmax(mean_h(q_h) mean_h(k_h)^T / sqrt(d))
 
-and every head of the group takes a beginning of that one ranking, as long as its own budget: the
-blocks that hold `gamma` of the attention of its last query block.
+and every head of the group takes the best blocks of that one ranking, up to its own budget: the
+number of blocks that hold `gamma` of the attention of its last query block.
 
 Source: ProxyAttn (arXiv:2509.24745, ICLR 2026); `preset="paper"` is its setting for models with one
-proxy. The authors' code could not be read: nothing here was compared with it. Where the paper is
-silent or was measured to lose, the default is ours: one proxy per KV head, every key and every 16th
-query (the same work as every fourth of both), the block before the diagonal always kept.
+proxy. The authors' code was not available for comparison. Where the paper is silent or its choice
+measured worse, the default is ours: one proxy per KV head, every key and every 16th query (the same
+work as every fourth of both), the block before the diagonal always kept.
 """
 
 from __future__ import annotations
@@ -54,14 +54,19 @@ class ProxyAttn(BlockScorer):
     gamma: float | tuple[float, ...] = param(
         0.95, "share of the last block's attention mass to keep", above=0, upto=1, per_head=True
     )
-    min_budget: int = param(2048, "at least so many tokens per row", least=0)
+    min_budget: int = param(2048, "minimum number of tokens that a row keeps", least=0)
     local_blocks: int = param(2, "latest blocks that a row keeps, its own included", least=1)
     n_proxy: int | None = param(
-        None, "averaged heads; divides the KV heads; None: one per KV head", least=1, kind=int
+        None,
+        "number of averaged heads, divides the KV heads; None: one per KV head",
+        least=1,
+        kind=int,
     )
-    stride_q: int = param(16, "score every so many queries", choices=(1, 2, 4, 8, 16, 32))
-    stride_k: int = param(1, "score every so many keys", choices=(1, 2, 4, 8, 16))
-    pool: str = param("max", "a block is worth its best, or its sum", choices=("max", "sum"))
+    stride_q: int = param(16, "score every stride_q-th query", choices=(1, 2, 4, 8, 16, 32))
+    stride_k: int = param(1, "score every stride_k-th key", choices=(1, 2, 4, 8, 16))
+    pool: str = param(
+        "max", "a block's score: its largest token score, or their sum", choices=("max", "sum")
+    )
     budget_rows: str = param(
         "constant", "a head's budget: the same for all rows, or growing with the row's position",
         choices=("constant", "proportional"),
@@ -96,16 +101,16 @@ class ProxyAttn(BlockScorer):
     ) -> tuple[Tensor, Tensor]:
         order, count = super().choose(scores, grid, q, k, scale)
         if self.budget_rows == "proportional":
-            seen = grid.causal().sum(-1)
+            visible = grid.causal().sum(-1)
             forced = grid.forced(self.sink_blocks, self.local_blocks).sum(-1)
-            count = torch.maximum(-(-count * seen // grid.blocks), forced)
+            count = torch.maximum(-(-count * visible // grid.blocks), forced)
         return order, count
 
 
 def proxy_heads(x: Tensor, proxies: int) -> Tensor:
     """Mean of each of `proxies` groups of neighbouring heads, in x's dtype: `[proxies, n, dim]`.
 
-    Rounded like the heads that it stands for: tensor cores, which score it, take no float32.
+    Rounded to the heads' dtype: tensor cores, which score it, take no float32.
     """
     grouped = x.reshape(proxies, -1, *x.shape[1:])
     return grouped.mean(1, dtype=torch.float32).to(x.dtype)

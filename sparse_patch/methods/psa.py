@@ -1,13 +1,13 @@
 """PSA, pyramid sparse attention: the less attention a block gets, the coarser its keys.
 
-The blocks of a row are sorted by their estimated share of its attention. Whole are those before
-which less than `thresholds[0]` of the row has been spent; the next enter as means of 2, of 4 and of
-8 neighbouring keys and values, each level up to its own threshold; the rest is left out:
+The blocks of a row are sorted by their estimated share of its attention. The best ones, up to
+`thresholds[0]` of the row's attention, stay whole; the next enter as means of 2, 4 and 8
+neighbouring keys and values, each level up to its own threshold; the rest is left out:
 
     level(b) = first of 1, 2, 4, 8 with  sum of the shares of better blocks < threshold(level)
 
-A mean of n keys stands for n of them: its logit gains log(n). Means of unlike keys are like none,
-so a block is pooled no further than its keys agree,
+A mean of n keys stands for n keys: its logit gains log(n). The mean of unlike keys resembles none
+of them, so a block is pooled no further than its keys agree,
 
     mean over the block's groups of n keys of cos(first key, last key) >= `similarity`
 
@@ -17,8 +17,8 @@ groups lie in the past of their rows, and a partial last block is never pooled.
 Source: Pyramid Sparse Attention (arXiv:2512.04025), made causal: the authors' code is bidirectional
 and was not compared with. `preset="paper"` has their thresholds for video, where a threshold bounds
 the sum with the block itself: a block that alone holds more than the last threshold would be left
-out. Shares are estimated by real softmax rows of every `stride_q`-th query. On text we saw no gain
-over as many keys in whole blocks, so the defaults pool little.
+out. Shares are estimated by real softmax rows of every `stride_q`-th query. On text we measured no
+gain over as many keys in whole blocks, so the defaults pool little.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POOLS = (1, 2, 4, 8)
 
 
 def _keeps(x: float) -> dict[str, Any]:
-    """Its four thresholds, what they leave out in the proportion of the defaults."""
+    """The four thresholds; the shares they leave out keep the proportion of the defaults."""
     return {"thresholds": tuple(round(x + n * (1 - x) / 5, 5) for n in range(4))}
 
 
@@ -67,11 +67,11 @@ class PSA(Method):
         (0.9, 0.92, 0.94, 0.96), "share of a row's mass at which levels 1, 2, 4 and 8 end"
     )
     similarity: float = param(
-        0.5, "least mean cosine of the ends of a block's groups to pool them; -1: any",
+        0.5, "minimum mean cosine of first and last keys of a pooled block's groups; -1: any",
         least=-1, upto=1,
     )  # fmt: skip
     block_size: int = param(128, "tokens per block", choices=(16, 32, 64, 128, 256))
-    stride_q: int = param(16, "score every so many queries", choices=(1, 2, 4, 8, 16, 32))
+    stride_q: int = param(16, "score every stride_q-th query", choices=(1, 2, 4, 8, 16, 32))
     sink_blocks: int = param(1, "first blocks that every row keeps whole", least=0)
     local_blocks: int = param(2, "latest blocks that a row keeps whole, its own included", least=1)
 
@@ -89,7 +89,7 @@ class PSA(Method):
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
         """Method.plan; None up to the blocks that are kept whole anyway, for a later chunk shorter
-        than a block, and for a first threshold of 1, which asks for all."""
+        than a block, and for a first threshold of 1, which keeps all."""
         check_sequence(q, k, q_offset)
         block = self.block_size
         grid = BlockGrid(q.shape[1], k.shape[1], block, block, q.device)
@@ -124,8 +124,8 @@ def levels(mass: Tensor, forced: Tensor, ends: tuple[float, ...]) -> Tensor:
 def coarsest_levels(k: Tensor, block: int, similarity: float) -> Tensor:
     """int64 `[kv_heads, blocks]`: index of the coarsest level that a block's keys allow.
 
-    `k [kv_heads, kv_len, dim]`. A level is allowed when it and all finer ones pass. Of a partial
-    last block, which is never pooled, the answer means nothing.
+    `k [kv_heads, kv_len, dim]`. A level is allowed when it and all finer ones pass. The entry of a
+    partial last block, which is never pooled, means nothing.
     """
     unit = torch.nn.functional.normalize(k.float(), dim=-1)
     unit = torch.nn.functional.pad(unit, (0, 0, 0, -k.shape[1] % block))

@@ -1,22 +1,22 @@
-"""SpargeAttn's selection: mean-pool, but only where a block is like its mean.
+"""SpargeAttn's selection: mean-pool, but only where a block resembles its mean.
 
-Keys first lose their mean over the sequence, which no softmax notices. Blocks of 128 queries and 64
-keys are averaged; a block's self-similarity is the mean cosine of all pairs of its rows,
+The mean key of the sequence is subtracted first, which changes no softmax. Blocks of 128 queries
+and 64 keys are averaged; a block's self-similarity is the mean cosine of all pairs of its rows,
 
     sim = mean over i, j of cos(x_i, x_j) = |mean over i of x_i / |x_i||^2
 
 Where it falls below `similarity`, the mean says nothing: such key blocks are always computed and
-have no part in the softmax, such query blocks see everything. The others keep
+stay out of the softmax; such query blocks attend to everything. The others keep
 
     p[m, n] = softmax over causal n of  mean(q in m) . mean(k in n) / sqrt(d)
 
-until `gamma` of it is in. The first block and the row's own come on top. Where the guard finds most
-blocks mixed, as it may in small models, next to nothing is left out; `similarity=-1` turns it off.
+until `gamma` of it is in, plus the first block and the row's own. In small models the guard may
+find most blocks mixed, and then almost nothing is left out; `similarity=-1` turns it off.
 
 Source: SpargeAttn (arXiv:2502.18137; thu-ml/SpargeAttn), thresholds 0.98 and 0.6. Left out: INT8
-products and the second filter inside the kernel, which skips P.V of tiles that cannot matter; both
-change how a kept block is computed, not which are kept. With `select="topk"` the authors' code
-takes a share of all columns (a half, at similarity -0.1); here `topk` counts key blocks.
+products and the second filter inside the kernel, which skips P.V of negligible tiles; both change
+how a kept block is computed, not which are kept. With `select="topk"` the authors' code takes a
+share of all columns (a half, at similarity -0.1); here `topk` counts key blocks.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from ..selection import BlockGrid
 @register("sparge")
 @dataclass(frozen=True)
 class Sparge(BlockScorer):
-    """Mean-pooled scores, and everything where a block is not like its mean."""
+    """Mean-pooled scores, and everything where a block does not resemble its mean."""
 
     source: ClassVar[str] = "arXiv:2502.18137"
     examples: ClassVar[Examples] = {
         "sparse": {"block_size": 32, "similarity": -1.0, "gamma": 0.5},
         "everything": {"gamma": 1.0},
     }
-    # Its own default takes almost every block of a small model for unlike itself, and computes it.
+    # Under its default similarity, almost every block of a small model is computed.
     knob: ClassVar[Knob | None] = Knob.share("gamma", similarity=0.2)
     forced_first: ClassVar[bool] = False
 
@@ -55,7 +55,7 @@ class Sparge(BlockScorer):
         0.98, "top_p and budgets: share of the mass to keep", above=0, upto=1, per_head=True
     )
     similarity: float = param(
-        0.6, "blocks less alike in themselves are always computed", least=-1, upto=1
+        0.6, "blocks with a lower self-similarity are always computed", least=-1, upto=1
     )
 
     @property
@@ -76,12 +76,12 @@ class Sparge(BlockScorer):
     def choose(
         self, scores: Tensor, grid: BlockGrid, q: Tensor, k: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """BlockScorer.choose among finite scores, and the infinite ones on top."""
+        """BlockScorer.choose among the finite scores, plus every infinite one."""
         always = scores.isposinf()
         ranked = super().choose(scores.masked_fill(always, float("-inf")), grid, q, k, scale)
         return selection.ranking_of(selection.mask_of(*ranked) | always & grid.causal())
 
 
 def _self_similarity(x: Tensor, block: int, offset: int = 0) -> Tensor:
-    """Mean cosine of all pairs of rows in a block, each with itself too: `[heads, blocks]`."""
+    """Mean cosine of all pairs of rows in a block, self-pairs included: `[heads, blocks]`."""
     return pool_mean(normalize(x.float(), dim=-1), block, offset).square().sum(-1)

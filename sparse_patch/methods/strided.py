@@ -1,23 +1,23 @@
-"""Strided: real attention rows of a sample of queries rank the blocks, head by head.
+"""Strided: exact attention rows of a sample of queries rank the blocks, head by head.
 
-Every `stride`-th query is scored against every key, exactly, and a block pair is worth what the
-sampled rows of its query block give its keys:
+Every `stride`-th query is scored against every key, exactly, and a block pair scores the mass that
+the sampled rows of its query block give its keys:
 
     A[m, n] = sum over sampled rows i of m, keys j of n of softmax(q_i k^T / sqrt(d))_j
 
-A head keeps as many of its best blocks as rows outside of the sample turn out to need: the ranking
-is made again from every second sampled row, tested on the rows between, and the budget is the
-smallest at which those lose a root mean square of 1 - `gamma` of their attention. The first block,
-a row's own and the one before are always kept.
+A head keeps as many of its best blocks as held-out rows need: the ranking is made again from every
+second sampled row and tested on the rows between, and the budget is the smallest at which those
+lose a root mean square of 1 - `gamma` of their attention. The first block, a row's own and the one
+before are always kept.
 
-Why not by the last query block, as ProxyAttn does: a few heads look up single keys, other ones in
-every row. A budget read off the rows that were ranked says they need little; the rows between lose
-the one key they came for, and the next-token loss hears that more than anything else that is
-dropped (scripts/where_it_hurts.py, results/where_it_hurts).
+Why not from the last query block, as ProxyAttn does: a few heads look up single keys, different
+ones in every row. A budget read off the ranked rows says that they need little; the rows between
+lose the one key they need, which costs more next-token loss than anything else that is dropped
+(scripts/where_it_hurts.py, results/where_it_hurts).
 
-`preset="fine"` is the recommended setting (README, results/compare_4k): pieces of 16 keys for 64
+`preset="fine"` is the recommended setting (README, results/compare_4k): key blocks of 16 for 64
 queries, which waste less of a given density and cost the same to score, and the last 64 queries,
-where the question stands, see everything.
+which hold the question, attend to every key.
 
 The work is about kv_len^2 / stride dot products per head, and as much again for the budget; with
 `rank="group"` the ranking is made per KV group, from the mean of its query heads.
@@ -43,7 +43,7 @@ from .proxyattn import proxy_heads
 @register("strided")
 @dataclass(frozen=True)
 class Strided(BlockScorer):
-    """Exact attention of every n-th query ranks the blocks, each head has a budget of its own."""
+    """Exact attention of every n-th query ranks the blocks, with a budget per head."""
 
     source: ClassVar[str] = "this project"
     examples: ClassVar[Examples] = {
@@ -61,12 +61,12 @@ class Strided(BlockScorer):
         choices=POLICIES,
     )
     local_blocks: int = param(2, "latest blocks that a row keeps, its own included", least=1)
-    stride: int = param(16, "score every so many queries", choices=(1, 2, 4, 8, 16))
+    stride: int = param(16, "score every stride-th query", choices=(1, 2, 4, 8, 16))
     key_block: int | None = param(
-        None, "tokens per key block, a part of block_size; None: block_size", least=1, kind=int
+        None, "tokens per key block, divides block_size; None: block_size", least=1, kind=int
     )
     weigh: str = param(
-        "sum", "a block's worth over the sampled queries", choices=("sum", "rms", "max")
+        "sum", "how a block's mass adds up over the sampled queries", choices=("sum", "rms", "max")
     )
     rank: str = param(
         "head",

@@ -1,9 +1,8 @@
-"""Tri-shape: A-shape, and the last queries see everything.
+"""Tri-shape: A-shape, and the last queries attend to every key.
 
 Key j is kept for query i iff j < sink or i - j < window or i is one of the last `dense_rows`
-queries. The sink and the window are token-exact. The dense rows come in whole query blocks, a
-superset: every row of a block of `block_size` rows that holds one of them. With chunked prefill
-the last rows of every chunk are dense.
+queries. The sink and the window are token-exact. The dense rows are rounded up to whole query
+blocks of `block_size` rows. With chunked prefill the last rows of every chunk are dense.
 
 Source: MInference (microsoft/MInference, SCBench), whose n_init, n_local and n_last are the
 defaults. `preset="triangle_mix"` is TriangleMix (arXiv:2507.21526): dense first layers, triangle
@@ -40,10 +39,12 @@ class TriShape(AShape):
         "triangle_mix": {"sink": 8, "window": 512, "dense_rows": 128, "dense_layers": 16}
     }
 
-    dense_rows: int = param(100, "so many last query rows see all, in whole blocks", least=1)
+    dense_rows: int = param(
+        100, "number of last query rows that attend to every key, in whole blocks", least=1
+    )
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, q_offset: int) -> BlockPlan | None:
-        """Method.plan; None where the window, or the dense rows, are all there is."""
+        """Method.plan; None where the window or the dense rows cover everything."""
         shape = super().plan(q, k, scale=scale, q_offset=q_offset)
         if shape is None:
             return None

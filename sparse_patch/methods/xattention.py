@@ -1,19 +1,19 @@
-"""XAttention: sums along the antidiagonals of small tiles tell what a block is worth.
+"""XAttention: blocks are scored by sums along the antidiagonals of small tiles.
 
 Every vertical and every slash line crosses an antidiagonal, so a few sums see them all. Tokens are
 cut into groups of `stride`; query group a scores key group c <= a by
 
     x[a, c] = scale / stride * sum_p q[a * stride + stride - 1 - p] . k[c * stride + p]
 
-A block is worth what softmax over c puts into it, and a row takes its best blocks until they hold
-`gamma` of its mass. Block 0 and the diagonal are always in, and their mass counts first.
+A block's mass is what softmax over c puts into it, and a row takes its best blocks until they hold
+`gamma` of its mass. Block 0 and the diagonal are always kept, and their mass counts first.
 
 Source: XAttention (arXiv:2503.16428, ICML 2025); scores, forced blocks and defaults follow the
-authors' code (mit-han-lab/x-attention, its Triton path). `rule="released"` also follows a slip of
-it: in the first chunk of queries (`chunk_size` tokens; up to 16K that is all of them) block 0 is
-not counted as forced, and the mass that is compared with the target lags one block behind, so
-about one block more is kept. A later call over a filled cache has no such chunk. The thresholds per
-layer and head that the authors tuned are read with `thresholds=`.
+authors' code (mit-han-lab/x-attention, its Triton path). `rule="released"` also follows its slip:
+in the first chunk of queries (`chunk_size` tokens; up to 16K that is all of them) block 0 is not
+counted as forced, and the mass that is compared with the target lags one block behind, so about one
+block more is kept. A later call over a filled cache has no such chunk. The thresholds per layer and
+head that the authors tuned are read with `thresholds=`.
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ class XAttention(BlockScorer):
     )
     stride: int = param(8, "tokens per group, and per antidiagonal", choices=(4, 8, 16))
     rule: str = param(
-        "intended", "top_p as meant, or as the authors' code does", choices=("intended", "released")
+        "intended",
+        "top_p as intended, or as the authors' code computes it",
+        choices=("intended", "released"),
     )
     chunk_size: int | None = param(
-        None, "released: tokens per chunk, whole blocks; None: the authors' choice by length",
+        None, "released: tokens per chunk, whole blocks; None: chosen by length, as by the authors",
         least=1, kind=int,
     )  # fmt: skip
 
@@ -75,10 +77,10 @@ class XAttention(BlockScorer):
         super().__post_init__()
         if self.rule == "released" and self.select != "top_p":
             raise ValueError(
-                f"XAttention: rule='released' is about select='top_p', not {self.select!r}"
+                f"XAttention: rule='released' needs select='top_p', not {self.select!r}"
             )
         if self.chunk_size is not None and self.rule != "released":
-            raise ValueError(f"XAttention: chunk_size={self.chunk_size} goes with rule='released'")
+            raise ValueError(f"XAttention: chunk_size={self.chunk_size} needs rule='released'")
         if self.chunk_size is not None and self.chunk_size % self.block_size:
             raise ValueError(
                 f"XAttention: chunk_size={self.chunk_size} must be a multiple of "
@@ -90,7 +92,7 @@ class XAttention(BlockScorer):
     def _check_thresholds(self) -> None:
         if self.select not in ("top_p", "per_head_budget") or self.gamma != type(self).gamma:
             raise ValueError(
-                f"{_OWNER}={self.thresholds!r} takes the place of gamma, which top_p and "
+                f"{_OWNER}={self.thresholds!r} replaces gamma, which only top_p and "
                 f"per_head_budget read; got select={self.select!r}, gamma={self.gamma!r}"
             )
         for layer, row in enumerate(self._layers):
@@ -121,8 +123,8 @@ class XAttention(BlockScorer):
         """See BlockScorer.plan.
 
         Raises:
-            ValueError: with `thresholds`, which layer this is must be said first (`for_layer`), and
-                a row of the file must have a number per query head.
+            ValueError: `thresholds` is set (use `for_layer` first), or its row for this layer does
+                not have one number per query head.
         """
         if self.thresholds is not None:
             raise ValueError(
@@ -140,15 +142,15 @@ class XAttention(BlockScorer):
         if self.rule == "released" and grid.q_offset == 0:
             rows = (self.chunk_size or _released_chunk(grid.kv_len)) // self.block_size
             slipped = self._first_chunk_count(scores[:, :rows], grid)
-            # Never fewer than by the intended rule, so what else raised the count still holds.
+            # Never below the intended rule's count, which other parameters may have raised.
             count[:, :rows] = torch.maximum(count[:, :rows], slipped)
         return order, count
 
     def _first_chunk_count(self, scores: Tensor, grid: BlockGrid) -> Tensor:
         """int64 `[heads, rows]`: blocks that the released code keeps in its first chunk.
 
-        Its own block is forced, any other (block 0 too) is taken while the mass before the one
-        just taken is below the target; then the sinks are added.
+        A row's own block is forced; any other (block 0 too) is taken while the mass before the
+        previous one is below the target; then the sinks are added.
         """
         rows = scores.shape[1]
         mass = mass_of(scores, grid.causal()[:rows])

@@ -92,7 +92,7 @@ def test_methods_are_measured_against_dense(run, words, tmp_path):
             assert 0 < passkey["recall"] < 1
     assert "passkey" in output
     assert (tmp_path / "runs" / "table.md").read_text().count("| perplexity_") == 2
-    assert "answered already" in run(*words)
+    assert "already answered" in run(*words)
 
 
 def test_other_arguments_of_a_task_are_another_run(run, words, tmp_path):
@@ -148,7 +148,7 @@ def test_a_yaml_file_cannot_say_what_leads_out_of_the_folder(run, tmp_path, opti
     file.write_text(yaml.safe_dump({"model": "none", "tasks": ["sp_passkey"], option: value}))
     said = run("eval", "--config", file, fails=True)
     assert repr(path)[1:-1] in said.replace(" │ │ ", "")
-    assert "on the command line" in said.replace(" │ │ ", " ")
+    assert "on the command line" in " ".join(said.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -166,7 +166,7 @@ def test_a_task_is_a_name_and_not_a_file_that_runs_code(run, words, tmp_path):
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nf = None")
     (tmp_path / "task.yaml").write_text("task: t\ncustom_dataset: !function code.f\n")
     words[words.index("--tasks") + 1] = str(tmp_path / "task.yaml")
-    assert "neither we nor lm-eval know" in run(*words, fails=True)
+    assert "--tasks: unknown task" in run(*words, fails=True)
     assert not (tmp_path / "owned").exists()
 
 
@@ -191,7 +191,7 @@ def own_code(model, tmp_path):
 def test_code_of_a_model_is_run_only_where_a_flag_says_so(run, words, own_code, more):
     words[2], trace = own_code
     said = run(*words, *more, fails=True)
-    assert "brings Python code of its own, which is not run" in said
+    assert "has Python code of its own, which is not run" in said
     assert "--model-arg trust_remote_code=True" in said
     assert not trace.exists()
     for other in ("demo", "inspect"):

@@ -131,11 +131,11 @@ def test_a_killed_run_goes_on_at_the_next_sample(lab, tmp_path):
         ("results.json", "", "is not JSON"),
         ("results.json", "{}", "must be a JSON object, with higher_is_better, with lm_eval"),
         ("responses.0.jsonl", "[1]\n", "line 1: must be a JSON object"),
-        ("responses.0.jsonl", '{"task": "counted"}\n', "lacks a good length, doc_id, prompt_hash"),
+        ("responses.0.jsonl", '{"task": "counted"}\n', "has no valid length, doc_id, prompt_hash"),
         (
             "samples.jsonl",
             '{"task": [], "length": 1, "doc_id": 1, "prompt_hash": ""}\n',
-            "good task",
+            "valid task",
         ),
         ("samples.jsonl", "[" * 10**5 + "\n", "line 1: nested too deeply"),
     ],

@@ -397,7 +397,7 @@ def test_impossible_wishes_are_refused_at_once(name, lengths, says):
 def test_ruler_refuses_what_would_never_return(folder):
     with pytest.raises(ValueError, match="metadata needs a tokenizer"):
         hub.load_tasks(["ruler_vt"])
-    with pytest.raises(ValueError, match="would search for ever"):
+    with pytest.raises(ValueError, match="would never return"):
         hub.load_tasks(["ruler_vt"], metadata={"tokenizer": str(folder / "model")})
 
 

@@ -206,9 +206,9 @@ def test_code_of_a_repository_is_never_run(folder, monkeypatch):
         ({"weight_map": {"a": "../other.safetensors"}}, "weights outside of its folder"),
         ({"weight_map": {"a": "/etc/passwd"}}, "weights outside of its folder"),
         ({"weight_map": {"a": "sub/../../a.safetensors"}}, "weights outside of its folder"),
-        ({"weight_map": {"a": 1}}, "is no index"),
-        ({"weight_map": ["a"]}, "is no index"),
-        ([], "is no index"),
+        ({"weight_map": {"a": 1}}, "is not an index"),
+        ({"weight_map": ["a"]}, "is not an index"),
+        ([], "is not an index"),
     ],
 )
 def test_an_index_names_weights_of_its_own_folder_only(folder, tmp_path, content, message):
@@ -303,7 +303,7 @@ def test_without_the_hub_the_error_of_a_tokenizer_says_what_works(monkeypatch):
         raise OSError("offline")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
-    with pytest.raises(OSError, match=r"'org/model' could not be had.*\n.*--model smollm2"):
+    with pytest.raises(OSError, match=r"'org/model' could not be loaded.*\n.*--model smollm2"):
         models.load_tokenizer("org/model")
 
 

@@ -104,7 +104,7 @@ def test_a_sample_that_is_wrong_is_named_with_its_line(tmp_path, fields, message
     [
         ("[" * 10**5, "nested too deeply"),
         ("1" * 5000, "Exceeds the limit"),
-        ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        ('{"a": 1, "a": 2}', "the key 'a' appears twice"),
         ("[1]", "must be a JSON object"),
     ],
 )
@@ -185,7 +185,7 @@ def test_of_a_sample_that_is_there_twice_the_last_counts(tmp_path):
     write_run(tmp_path, samples=[sample(0, answer="old"), sample(1), sample(0, answer="new")])
     (run,) = find_runs([tmp_path])
     assert [one.answer for one in run.samples] == ["new", " 1234567"]
-    assert run.notes == ("1 samples are there more than once; the last of each counts",)
+    assert run.notes == ("1 samples appear more than once; the last of each counts",)
 
 
 def test_separators_inside_an_answer_end_no_line(tmp_path):

@@ -141,7 +141,7 @@ def test_what_is_about_all_heads_is_refused_when_heads_are_split(workers):
     for worker in workers:
         names = ("gamma", "heads", "n_proxy")
         for text, name in zip(worker["tensor"]["refused"], names, strict=True):
-            assert f"{name} is about all heads" in text
+            assert f"{name} refers to all heads" in text
 
 
 def test_every_node_takes_its_share_of_the_data(workers, alone):

@@ -211,7 +211,7 @@ def test_a_prompt_without_a_token_is_named(folder, tmp_path):
     prompt = tmp_path / "invisible.txt"
     prompt.write_text("\u200b" * 9, encoding="utf-8")
     said = run("inspect", "--model", path, "--prompt", prompt, "--output", tmp_path / "out")
-    assert f"--prompt: {prompt} is empty to this model" in said
+    assert f"--prompt: {prompt} is empty for this model" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -112,7 +112,7 @@ def test_blocks_that_do_not_fit_are_named_when_the_first_layer_is_measured(tiny)
     ids = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(0))
     inside = capture(model, ids, [0]).layers[0]
     small, large = (Candidate("mean_pool", {"gamma": 0.5, "block_size": size}) for size in (16, 32))
-    with pytest.raises(ValueError, match="blocks of as many rows"):
+    with pytest.raises(ValueError, match="same number of rows"):
         measure_layer([small, large], 0, inside, rows=50)
 
 

@@ -371,7 +371,7 @@ def test_bad_inputs_are_named(change, message):
     ("more", "message"),
     [
         ({"softcap": 0.0}, "softcap=0.0 must be above 0"),
-        ({"sinks": torch.zeros(3)}, "one logit a query head"),
+        ({"sinks": torch.zeros(3)}, "one logit per query head"),
     ],
 )
 def test_bad_extra_logits_are_named(more, message):

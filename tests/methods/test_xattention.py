@@ -307,11 +307,11 @@ def test_bad_parameters_are_named(table):
         ({"gamma": -0.1}, "gamma=-0.1"),
         ({"gamma": (0.5, 1.1)}, "gamma="),
         ({"rule": "paper"}, "rule='paper'"),
-        ({"chunk_size": 2048}, "chunk_size=2048 goes with rule='released'"),
+        ({"chunk_size": 2048}, "chunk_size=2048 needs rule='released'"),
         ({"rule": "released", "chunk_size": 100}, "must be a multiple of block_size=128"),
-        ({"rule": "released", "select": "topk"}, "is about select='top_p', not 'topk'"),
-        ({"thresholds": path, "gamma": 0.8}, "takes the place of gamma"),
-        ({"thresholds": path, "select": "topk"}, "takes the place of gamma"),
+        ({"rule": "released", "select": "topk"}, "needs select='top_p', not 'topk'"),
+        ({"thresholds": path, "gamma": 0.8}, "replaces gamma"),
+        ({"thresholds": path, "select": "topk"}, "replaces gamma"),
     ]:
         with pytest.raises(ValueError, match=message):
             get_method("xattention", **params)

@@ -1,1 +1,1 @@
-"""One prompt, one prefill: what the model says, what its layers were given, what a plan keeps."""
+"""One prompt, one prefill: answers of the model, inputs of its layers, quality of plans."""

@@ -1,10 +1,10 @@
-"""One prefill of a prompt, and everything that is asked of it.
+"""One prefill of a prompt, and all answers after it.
 
-A benchmark wants to know of a prompt what the model writes, and how likely it finds some answers.
-Both come from one prefill here, patched or not: generation and answers go on from its KV cache, as
-a user's decoding does. So the question, and the words that lead to the answer, are inside the
-sparse prefill, which is where a method can lose them; the tokens of the answer are not prefill.
-They attend exactly, but for methods with a sparse decode, whose generated tokens use it.
+A benchmark asks what the model writes after a prompt, and how likely some answers are. Both come
+from one prefill here, patched or not, and continue from its KV cache, as a user's decoding does. So
+the question, and the words that lead to the answer, are inside the sparse prefill, where a method
+can lose them; the tokens of the answer are not prefill. They attend exactly, except that generated
+tokens use a method's sparse decode if it has one.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from sparse_patch_eval.ask.prefill import Prefill, prefill
 
 __all__ = ["Answer", "Generation", "answer", "likelihood"]
 
-# Tokens of an answer that are scored in one forward: less than `min_queries` of a patch, so that
-# they attend exactly.
-_FEW = 32
+# Tokens of an answer scored in one forward: below a patch's `min_queries`, so they attend exactly.
+_SCORED_TOGETHER = 32
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy decoding that is asked for.
+    """A request for greedy decoding.
 
     Attributes:
-        max_tokens: decode at most so many.
+        max_tokens: maximum number of tokens.
         until: stop before the first of these texts.
     """
 
@@ -45,18 +44,18 @@ class Generation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came out of one prefill.
+    """Results of one prefill.
 
     Attributes:
-        tokens: of the prompt.
-        texts: one for each generation asked for.
-        scores: for each continuation asked for, its log-probability, nats, and whether greedy
+        tokens: length of the prompt.
+        texts: one per requested generation.
+        scores: for each requested continuation, its log-probability, nats, and whether greedy
             decoding would have written it.
         tail: float32 `[tail, vocab]`, logits of the prompt's last tokens.
         prefill_seconds: time-to-first-token.
         density: kept / causal, mean over the sparse calls; None if no call ran sparse.
-        sparse_calls: calls of the prefill that ran sparse, one a layer at most.
-        recall: attention mass kept; None if it was not asked for, or nothing ran sparse.
+        sparse_calls: calls of the prefill that ran sparse, at most one per layer.
+        recall: attention mass kept; None if it was not requested, or nothing ran sparse.
         exact: exact calls of the prefill by reason; empty without a method.
     """
 
@@ -84,18 +83,18 @@ def answer(
     tail: int = 1,
     recall_rows: int = 0,
 ) -> Answer:
-    """Prefill a prompt, with `method` or as the model is, and go on from it.
+    """Prefill a prompt, with `method` or with the model as it is, and continue from it.
 
     Args:
         input_ids: the prompt's tokens.
-        patch_options: for `sparse_patch.patch`, beside the method.
-        continuations: tokens whose likelihood after the prompt is wanted.
-        tail: of how many last tokens of the prompt the logits are wanted.
-        recall_rows: measure recall on about so many query rows a layer, in a second prefill, so
-            that it is not in the time of the first.
+        patch_options: for `sparse_patch.patch`, besides the method.
+        continuations: tokens whose likelihood after the prompt to compute.
+        tail: number of last prompt tokens whose logits to return.
+        recall_rows: about this many query rows per layer on which to measure recall, in a second
+            prefill, which is not timed.
 
     Raises:
-        ValueError: an empty prompt or continuation, or what `sparse_patch.patch` raises.
+        ValueError: the prompt or a continuation is empty, or `sparse_patch.patch` raises it.
     """
     if not len(input_ids) or not all(map(len, continuations)):
         raise ValueError("a prompt and a continuation need at least one token")
@@ -103,8 +102,8 @@ def answer(
     with patched(model, method, patch_options) as handle:
         start = prefill(model, ids, kept=tail)
         report = None if handle is None else handle.report()
-        scores = tuple(likelihood(model, start, one) for one in continuations)
-        texts = tuple(generate(model, tokenizer, start, one) for one in generations)
+        scores = tuple(likelihood(model, start, tokens) for tokens in continuations)
+        texts = tuple(generate(model, tokenizer, start, request) for request in generations)
     recall = None
     if recall_rows and method is not None:
         options = {**(patch_options or {}), "measure_recall": recall_rows}
@@ -139,50 +138,50 @@ def likelihood(
 ) -> tuple[float, bool]:
     """Log-probability, nats, of some tokens after a prefill, and whether they are the greedy ones.
 
-    The prefill can be gone on from again afterwards.
+    The prefill can be continued again afterwards.
     """
-    wanted = torch.tensor(list(continuation), device=start.logits.device)
+    target = torch.tensor(list(continuation), device=start.logits.device)
     parts = [start.logits[None]]
     with borrowed(start.cache) as cache:
-        for n in range(0, len(wanted) - 1, _FEW):
-            tokens = wanted[n : min(n + _FEW, len(wanted) - 1)]
+        for n in range(0, len(target) - 1, _SCORED_TOGETHER):
+            tokens = target[n : min(n + _SCORED_TOGETHER, len(target) - 1)]
             out = model(tokens[None], past_key_values=cache, use_cache=True)
             parts.append(out.logits[0].float())
     logits = torch.cat(parts)
-    log_probs = logits.log_softmax(-1).gather(1, wanted[:, None])
-    return float(log_probs.sum()), bool((logits.argmax(-1) == wanted).all())
+    log_probs = logits.log_softmax(-1).gather(1, target[:, None])
+    return float(log_probs.sum()), bool((logits.argmax(-1) == target).all())
 
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: Prefill, wanted: Generation
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: Prefill, request: Generation
 ) -> str:
     """Decode greedily after a prefill, up to a stop text or the end of the answer.
 
-    The prefill can be gone on from again afterwards.
+    The prefill can be continued again afterwards.
     """
     stops = end_tokens(model, tokenizer)
     tokens: list[int] = []
     text = ""
     logits = start.logits
     with borrowed(start.cache) as cache:
-        while len(tokens) < wanted.max_tokens:
+        while len(tokens) < request.max_tokens:
             token = int(logits.argmax())
             if token in stops:
                 break
             tokens.append(token)
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            if any(stop in text for stop in wanted.until):
+            if any(stop in text for stop in request.until):
                 break
-            if len(tokens) < wanted.max_tokens:
+            if len(tokens) < request.max_tokens:
                 step = torch.tensor([[token]], device=logits.device)
                 out = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 logits = out.logits[0, -1].float()
-    return cut(text, wanted.until)
+    return cut(text, request.until)
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """What stands before the first of the stop texts."""
+    """The text before the first of the stop texts."""
     for stop in until:
         text = text.split(stop, 1)[0]
     return text
@@ -191,13 +190,13 @@ def cut(text: str, until: Sequence[str]) -> str:
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that end an answer, by the model's generation settings and the tokenizer."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    found = configured if isinstance(configured, list) else [configured]
-    return {int(one) for one in (*found, tokenizer.eos_token_id) if one is not None}
+    listed = configured if isinstance(configured, list) else [configured]
+    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
 @contextlib.contextmanager
 def borrowed(cache: Cache) -> Iterator[Cache]:
-    """A cache to go on from; the one given is afterwards what it was."""
+    """A cache to continue from; `cache` itself is unchanged afterwards."""
     if not _can_crop(cache):
         yield copy.deepcopy(cache)
         return
@@ -205,12 +204,12 @@ def borrowed(cache: Cache) -> Iterator[Cache]:
     try:
         yield cache
     finally:
-        if more := cache.get_seq_length() - before:
-            cache.crop(-more)
+        if added := cache.get_seq_length() - before:
+            cache.crop(-added)
 
 
 def _can_crop(cache: Cache) -> bool:
-    """Sliding windows and recurrent states forget what they have seen."""
+    """Can the cache be cut back? Sliding windows and recurrent states cannot."""
     if not isinstance(cache, DynamicCache):
         return False
     kinds = {type(layer).__name__ for layer in cache.layers}

@@ -1,7 +1,7 @@
 """q, k and v of a model's attention layers, from one dense prefill.
 
-q and k are seen by a method that plans nothing, so that exact attention runs; v is what the KV
-cache holds. Both are public interfaces: nothing of the model's code is touched.
+q and k come from a method that makes no plan, so that exact attention runs; v comes from the KV
+cache. Both are public interfaces; the model's code is not touched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Attention", "capture"]
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """What one attention layer is given: one sequence, after RoPE.
+    """Inputs of one attention layer: one sequence, after RoPE.
 
     Attributes:
         q: `[heads, length, dim]`.
@@ -39,12 +39,12 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """A dense prefill with the inside of some layers.
+    """A dense prefill with the inputs of some layers.
 
     Attributes:
         layers: by index.
         logits: float32 `[kept, vocab]`.
-        cache: ready to go on from.
+        cache: ready to continue from.
     """
 
     layers: dict[int, Attention]
@@ -54,7 +54,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class _Recorder(Method):
-    """Keeps q, k and scale of every layer, and asks for exact attention."""
+    """Records q, k and scale of every layer, and leaves attention exact."""
 
     layer: int = -1
     seen: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict, repr=False)
@@ -74,15 +74,15 @@ def capture(
     *,
     logits_to_keep: int | Tensor = 1,
 ) -> Capture:
-    """Prefill `input_ids [1, length]` densely and keep what the layers were given.
+    """Prefill `input_ids [1, length]` densely and keep the inputs of the layers.
 
     Args:
         layers: indices, negative from the end; default: all attention layers.
-        logits_to_keep: logits of so many last positions, or of these.
+        logits_to_keep: number of last positions whose logits to keep, or their indices.
 
     Raises:
-        ValueError: a layer does not exist, or does not do plain causal attention (the message says
-            what it does).
+        ValueError: a layer does not exist, or does not run plain causal attention (the message says
+            why).
     """
     recorder = _Recorder()
     with sparse_patch.patch(model, recorder, layers=layers, min_length=0, min_queries=0) as handle:
@@ -91,7 +91,7 @@ def capture(
         if layer.layer not in recorder.seen:
             raise ValueError(f"layer {layer.layer} cannot be captured, it ran exact: {layer.exact}")
     cache = out.past_key_values
-    found = {}
+    layer_inputs = {}
     for index, (q, k, scale) in sorted(recorder.seen.items()):
         v = cache.layers[index].values[0]
         if v.shape[:2] != k.shape[:2]:
@@ -99,5 +99,5 @@ def capture(
                 f"layer {index} cannot be captured: its cache holds values {tuple(v.shape)} for "
                 f"keys {tuple(k.shape)}"
             )
-        found[index] = Attention(q, k, v, scale)
-    return Capture(found, out.logits[0].float(), cache)
+        layer_inputs[index] = Attention(q, k, v, scale)
+    return Capture(layer_inputs, out.logits[0].float(), cache)

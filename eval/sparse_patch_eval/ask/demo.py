@@ -13,7 +13,7 @@ from sparse_patch_eval.ask.kl import kl_divergence
 from sparse_patch_eval.ask.prefill import Prefill, decode, prefill
 from sparse_patch_eval.inputs.text import Prompt
 
-# Enough for a seven-digit number, a full stop and what may stand before it.
+# Enough for a seven-digit number, a full stop and a few leading tokens.
 ANSWER_TOKENS = 12
 # Query rows per layer on which recall is measured: all of them would cost a dense prefill.
 RECALL_ROWS = 512
@@ -31,11 +31,11 @@ class DemoRow:
         density: kept / causal over sparse calls; None if all calls were exact.
         recall: attention mass kept, on a sample of query rows; None if all calls were exact.
         kl: KL(dense || sparse) of the next-token distributions, nats.
-        answer, dense_answer: what the model wrote, sparse and dense.
-        same_answer: the same tokens.
+        answer, dense_answer: text of the model, sparse and dense.
+        same_answer: are both the same tokens?
         expected: the number hidden in the prompt.
         dense_right, right: does the answer start with the number?
-        exact_calls: why calls ran exact, by reason, in the timed sparse prefill.
+        exact_calls: exact calls by reason, in the timed sparse prefill.
     """
 
     tokens: int

@@ -1,4 +1,4 @@
-"""Density over all attention calls or layers, where what ran exact counts as 1."""
+"""Density over all attention calls or layers; exact ones count as 1."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["exact_share", "mean_density", "overall_density", "whole_density"]
 
 
 def overall_density(kept: float, sparse: int, exact: int) -> float | None:
-    """Mean over sparse calls, whose densities sum to `kept`, and exact ones; None of no calls."""
+    """Mean over sparse calls, whose densities sum to `kept`, and exact ones; None without calls."""
     calls = sparse + exact
     return (kept + exact) / calls if calls else None
 
 
 def mean_density(densities: Iterable[float | None]) -> float:
-    """Mean of some densities, at least one; None is what ran exact."""
+    """Mean of at least one density; None is an exact call."""
     kept = [1.0 if density is None else density for density in densities]
     return sum(kept) / len(kept)
 

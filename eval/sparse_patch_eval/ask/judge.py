@@ -1,4 +1,4 @@
-"""What a method's plan keeps and loses on one layer's q, k and v."""
+"""Density, recall and output error of a plan on one layer's q, k and v."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plan_of(method: Method, layer: int, attention: Attention) -> BlockPlan | Non
 
 @dataclass(frozen=True)
 class Judged:
-    """A plan on the rows that were looked at.
+    """A plan on the judged rows.
 
     Attributes:
         density: kept / causal (query block, key) pairs of those rows; a pooled group is one key.
@@ -39,10 +39,10 @@ class Judged:
 
 
 def judge(attention: Attention, plan: BlockPlan | None, *, rows: int | None = None) -> Judged:
-    """Density and recall on the rows that `sparse_patch.recall(rows=rows)` looks at."""
+    """Density and recall on the rows that `sparse_patch.recall(rows=rows)` judges."""
     if plan is None:
         return Judged(1.0, (1.0,) * attention.q.shape[0])
-    found = sparse_patch.recall(attention.q, attention.k, plan, scale=attention.scale, rows=rows)
+    recall = sparse_patch.recall(attention.q, attention.k, plan, scale=attention.scale, rows=rows)
     kept = causal = 0
     for block in sampled_blocks(plan.n_q_blocks, plan.block_q, rows):
         for head in range(plan.heads):
@@ -51,13 +51,13 @@ def judge(attention: Attention, plan: BlockPlan | None, *, rows: int | None = No
                 plan.pooled_keys(run, head, block).shape[0] for run in plan.runs if run.pool > 1
             )
             causal += plan.row_range(block)[1]
-    return Judged(kept / causal, tuple(found.tolist()))
+    return Judged(kept / causal, tuple(recall.tolist()))
 
 
 def sampled_blocks(n_blocks: int, block_q: int, rows: int | None) -> list[int]:
     """The query blocks that `sparse_patch.recall(rows=rows)` judges, last first."""
-    wanted = n_blocks if rows is None else max(1, rows // block_q)
-    return list(range(n_blocks - 1, -1, -max(1, n_blocks // wanted)))
+    count = n_blocks if rows is None else max(1, rows // block_q)
+    return list(range(n_blocks - 1, -1, -max(1, n_blocks // count)))
 
 
 def dense_output(attention: Attention) -> Tensor:
@@ -73,7 +73,7 @@ def output_error(attention: Attention, plan: BlockPlan | None, dense: Tensor) ->
     """Relative error of the attention output: |sparse - dense| / |dense|, mean over heads.
 
     Args:
-        dense: what `dense_output` says.
+        dense: the result of `dense_output`.
     """
     if plan is None:
         return 0.0

@@ -1,4 +1,4 @@
-"""How far two predictions of the next token are apart."""
+"""KL divergence between two predictions of the next token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["kl_divergence", "kl_rows"]
 
-# Positions whose distributions are compared at a time: a vocabulary is wide.
+# Positions compared at a time: a vocabulary is large.
 _CHUNK = 128
 
 

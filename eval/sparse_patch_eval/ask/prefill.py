@@ -1,4 +1,4 @@
-"""Time a prefill, and go on from it.
+"""Time a prefill, and decode from it.
 
 Time-to-first-token here is one forward of the whole prompt that fills a KV cache and yields the
 logits of the last position; tokenising and loading are outside.
@@ -21,7 +21,7 @@ class Prefill:
     """One prefill.
 
     Attributes:
-        seconds: wall time until the logits of the last prompt token were there.
+        seconds: wall time until the logits of the last prompt token were available.
         tail: float32 `[kept, vocab]`, logits of the last prompt tokens.
         cache: the KV cache, ready to decode from; decoding extends it.
     """
@@ -41,7 +41,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, *, kept: int = 1) -> Pref
     """Run `input_ids [1, length]` through `model` and take the time.
 
     Args:
-        kept: of how many last tokens the logits are wanted.
+        kept: number of last tokens whose logits to return.
     """
     _wait_for(input_ids.device)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""True attention of some query rows: what a method's choice of keys is held against."""
+"""True attention of some query rows: the standard for a method's choice of keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["block_mass", "probabilities"]
 def probabilities(q: Tensor, k: Tensor, rows: Tensor, *, scale: float) -> Tensor:
     """Causal attention of query rows `rows [n]`, ascending: float32 `[heads, n, keys]`.
 
-    Keys are those up to the position of the last of the rows.
+    Keys up to the position of the last row.
 
     Args:
         q: `[heads, length, dim]`, the last `length` positions.

@@ -1,1 +1,1 @@
-"""What knows of no model, task or run: rows, files, pages, statistics, the terminal."""
+"""Parts without models, tasks or runs: rows, files, pages, statistics, the terminal."""

@@ -1,4 +1,4 @@
-"""What the scripts say on the terminal: tables out, errors and progress beside them."""
+"""Output on the terminal: tables on stdout, errors and progress on stderr."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.text import Text
 
 __all__ = ["console", "fail", "note", "progress", "user_errors"]
 
-# Control characters but line feed and tab; marks of direction, which let a text look like another
-# one; halves of pairs.
-_ACTING = re.compile(
+# Control characters except line feed and tab; direction marks, which can disguise a text; halves of
+# surrogate pairs.
+_CONTROL = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
 )
 console = Console(width=160)
@@ -31,27 +31,27 @@ def fail(error: Exception | str) -> NoReturn:
 
 
 def note(message: str) -> None:
-    """Say something that belongs to no table."""
+    """Print a message to stderr."""
     _errors.print(visible(message), highlight=False, markup=False)
 
 
 def visible(text: str) -> str:
-    """A text whose control characters a terminal shows and does not obey.
+    """A text whose control characters a terminal shows instead of obeying.
 
-    Line feeds and tabs stay. Other control characters, marks of direction and halves of pairs,
-    which cannot be encoded, are written as Python would: `\\x1b`.
+    Line feeds and tabs stay. Other control characters, direction marks and halves of surrogate
+    pairs, which cannot be encoded, are written as in Python: `\\x1b`.
     """
-    return _ACTING.sub(lambda one: one[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def plain(text: str) -> str:
-    """Like `visible`, for places where rich reads markup: brackets are brackets."""
+    """Like `visible`, with rich's markup escaped."""
     return escape(visible(text))
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Errors that name a wrong option or a missing file become a message, not a traceback."""
+    """Print errors about a wrong option or a missing file as a message, not a traceback."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -59,7 +59,7 @@ def user_errors() -> Iterator[None]:
 
 
 def progress(*, disable: bool = False) -> Progress:
-    """A bar with the time gone by and to go; without one where another process shows it."""
+    """A bar with elapsed and remaining time; disabled where another process shows it."""
     # Few refreshes: drawing competes with the prefill for the same cores.
     columns = (
         TextColumn("{task.description}", style="progress.description", markup=False),

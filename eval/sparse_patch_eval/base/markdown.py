@@ -10,10 +10,10 @@ _RULES = {"l": "---", "r": "---:"}
 
 
 def table(head: Sequence[str], align: str, rows: Iterable[Iterable[object]]) -> list[str]:
-    """The lines of a table; cells stand as they are.
+    """The lines of a table; cells are not escaped.
 
     Args:
-        align: a letter a column: `l` for words, `r` for numbers.
+        align: one letter per column: `l` for words, `r` for numbers.
     """
     rules = [_RULES[letter] for letter in align]
     return [f"| {' | '.join(map(str, cells))} |" for cells in (head, rules, *rows)]

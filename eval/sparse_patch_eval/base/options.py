@@ -1,4 +1,4 @@
-"""Command-line values that several commands take, read in one way."""
+"""Parsers of command-line values that several commands take."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = [
 ]
 
 _COMMA = re.compile(r"(?<!\\),")
-# A comma that is not inside brackets either: `pbs:tau=(0.9,0.8),segment=256`.
+# A comma that is not inside brackets: `pbs:tau=(0.9,0.8),segment=256`.
 _BARE_COMMA = re.compile(_COMMA.pattern + r"(?![^()\[\]]*[)\]])")
 
 
 def split_list(text: str, comma: re.Pattern[str] = _COMMA) -> list[str]:
-    r"""What stands between commas, without blanks around it; `\,` is a comma, and parts none."""
+    r"""The texts between commas, stripped; `\,` is a comma that does not separate."""
     parts = (part.strip().replace("\\,", ",") for part in comma.split(text))
     return [part for part in parts if part]
 
@@ -128,7 +128,7 @@ def parse_layers(text: str) -> slice | tuple[int, ...]:
 
 
 def choose_layers(model: PreTrainedModel, layers: slice | tuple[int, ...]) -> list[int]:
-    """The indices that `parse_layers` means for a model, ascending.
+    """The model's layer indices for a result of `parse_layers`, ascending.
 
     Raises:
         ValueError: the model has no such layer.
@@ -144,14 +144,14 @@ def choose_layers(model: PreTrainedModel, layers: slice | tuple[int, ...]) -> li
 
 
 def leaves_folder(path: str) -> bool:
-    """Does a path, of this system or of another, lead out of the folder that it is read in?"""
+    """Does a path, of this or another system, lead out of the folder that it is relative to?"""
     parts = re.split(r"[/\\]", path)
     absolute = parts[0] == "" != path or parts[0].startswith("~") or re.match("[A-Za-z]:", path)
     return bool(absolute) or ".." in parts
 
 
 def literal(value: str) -> Any:
-    """A value of the command line: a Python literal, YAML's `true` or `false`, or else text."""
+    """A command-line value: a Python literal, YAML's `true` or `false`, or else text."""
     if value in ("true", "false"):
         return value == "true"
     try:

@@ -1,4 +1,4 @@
-"""Measurements as JSON lines, one a measurement, that a run which was stopped goes on from."""
+"""Measurements as JSON lines, from which a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Row = dict[str, Any]
 class RowFile:
     """A file of rows that share a set-up.
 
-    Rows of another set-up may lie in the same file and are left alone. Every line carries the
-    set-up, the row and the machine with all versions; a line that a kill cut short is dropped.
+    Rows of other set-ups in the same file are left alone. Every line holds the set-up, the row and
+    the machine with all versions; a line cut short by a kill is dropped.
 
     Attributes:
         rows: all rows of this set-up, those of earlier runs included, as written.
@@ -32,14 +32,14 @@ class RowFile:
         self.rows = [row for row in read_rows(path) if self._is_ours(row)]
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Write a row, so that it is there whatever happens next."""
+        """Append a row to the file at once."""
         whole = {**self._setup, **row, "machine": self._machine}
         self.rows.append(whole)
         with self._path.open("a") as lines:
             lines.write(json.dumps(whole) + "\n")
 
     def keys(self, *fields: str) -> set[tuple[Any, ...]]:
-        """The values of these fields that rows exist for."""
+        """The combinations of values of these fields that have rows."""
         return {tuple(row[field] for field in fields) for row in self.rows}
 
     def _is_ours(self, row: Row) -> bool:
@@ -47,39 +47,39 @@ class RowFile:
 
 
 def describe_machines(rows: list[Row]) -> str:
-    """Model, machine, versions and commits behind some rows, in a line for below a table."""
-    about = rows[-1]["machine"]
+    """Model, machine, versions and commits of the rows, in one line for below a table."""
+    last = rows[-1]["machine"]
     commits = dict.fromkeys(str(row["machine"]["git"]) for row in rows)
     return (
-        f"{rows[-1]['model']}, {rows[-1]['dtype']}, {about['device']}, {about['cpu_capability']}, "
-        f"{about['threads']} threads, torch {about['torch']}, "
-        f"transformers {about['transformers']}, commit {', '.join(commits)}."
+        f"{rows[-1]['model']}, {rows[-1]['dtype']}, {last['device']}, "
+        f"{last['cpu_capability']}, {last['threads']} threads, torch {last['torch']}, "
+        f"transformers {last['transformers']}, commit {', '.join(commits)}."
     )
 
 
 def _end_last_line(path: Path) -> None:
-    """A kill may have left half a line: the next one must not be glued to it."""
+    """End a line that a kill cut short, so that the next one is separate."""
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         with path.open("a") as lines:
             lines.write("\n")
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, none if there is no file; what a kill left of a line is left out.
+    """The rows of a file, none if there is no file; a line cut short by a kill is left out.
 
     Raises:
-        ValueError: a line that is whole is no row; names the file and the line.
+        ValueError: a complete line is not a row; names the file and the line.
     """
     return [row for _, row in read_lines(path) if row is not None] if path.exists() else []
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Row | None]]:
-    """Number and row of each line of a file that is not blank; None is what a kill left of one.
+    """Number and row of each non-blank line of a file; the row is None for a line cut short.
 
     Raises:
         ValueError: see `read_rows`.
     """
-    # Not splitlines: a line separator of Unicode inside an answer ends no line of the file.
+    # Not splitlines: a Unicode line separator inside an answer does not end a line of the file.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -20,7 +20,7 @@ DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its interval; `n` prompts are behind it."""
+    """A mean over `n` prompts and its interval."""
 
     mean: float
     low: float
@@ -32,9 +32,9 @@ class Estimate:
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Mean of `values`, one a prompt, and its 95 % interval.
+    """Mean of `values`, one per prompt, and its 95 % interval.
 
-    The same seed and number of values draw the same prompts, whatever the values are.
+    The same seed and number of values always draw the same prompts.
 
     Raises:
         ValueError: no values.
@@ -45,8 +45,8 @@ def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
 def bootstrap_groups(groups: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
     """Mean over groups (tasks) of each group's mean, and its 95 % interval.
 
-    Prompts are drawn within their group, so every draw has as many of each as there are
-    (stratified bootstrap): a task with many prompts weighs no more than another.
+    Prompts are drawn within their group (stratified bootstrap), so a task with many prompts weighs
+    no more than another.
 
     Raises:
         ValueError: no groups, or one without values.

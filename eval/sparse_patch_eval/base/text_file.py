@@ -1,4 +1,4 @@
-"""Text files that the user names: read whole, or refused by option, path and what is wrong."""
+"""Text files that the user names: read whole, or refused with option, path and fault."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_text(path: str | Path, option: str) -> str:
         option: how the user named the file, for the errors: `--prompt`.
 
     Raises:
-        ValueError: it is not there, a folder, unreadable, longer than MOST_BYTES, no UTF-8 text, or
-            holds white space at most. Names option and path, and says what to do.
+        ValueError: the file is missing, a folder, unreadable, longer than MOST_BYTES, not UTF-8
+            text, or blank. Names option and path, and says what to do.
     """
     named = f"{option}: {path}"
     try:
@@ -40,6 +40,6 @@ def read_text(path: str | Path, option: str) -> str:
             "`iconv -f UTF-16LE -t UTF-8`"
         )
     if not text.strip():
-        what = "holds white space only" if text else "is empty"
-        raise ValueError(f"{named} {what}; give a file with text in it")
+        fault = "holds white space only" if text else "is empty"
+        raise ValueError(f"{named} {fault}; give a file with text in it")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -37,7 +37,7 @@ console = Console()
 @app.callback()
 def main(
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Say what is loaded from where.")
+        bool, typer.Option("--verbose", help="Print what is loaded, and from where.")
     ] = False,
 ) -> None:
     """Training-free sparse attention for the prefill of Hugging Face models."""
@@ -49,42 +49,43 @@ def main(
 @app.command()
 def methods(
     name: Annotated[
-        list[str] | None, typer.Argument(help="Show these in full; default: all, in short.")
+        list[str] | None,
+        typer.Argument(help="Methods to describe in full; default: list all, briefly."),
     ] = None,
 ) -> None:
-    """List the methods: name, one line, source, parameters, presets; with names, in full."""
+    """List the methods, or describe the named ones with all their parameters and presets."""
     if not name:
         _list_methods()
         return
     try:
-        found = [sparse_patch.describe(one) for one in name]
+        infos = [sparse_patch.describe(method) for method in name]
     except ValueError as error:
         fail(error)
-    for info in found:
+    for info in infos:
         _show_method(info)
 
 
 def _list_methods() -> None:
-    for one in sparse_patch.list_methods():
-        info = sparse_patch.describe(one)
+    for name in sparse_patch.list_methods():
+        info = sparse_patch.describe(name)
         source = f" ({info.source})" if info.source else ""
         summary = plain(f"{info.summary}{source}")
         console.print(f"[bold]{info.name}[/]: {summary}", highlight=False)
         defaults = ", ".join(f"{row.name}={row.default!r}" for row in info.parameters)
         console.print(Padding(plain(defaults), (0, 0, 0, 4)), style="dim", highlight=False)
         if info.presets:
-            names = ", ".join(f"preset={name}" for name in info.presets)
+            names = ", ".join(f"preset={preset}" for preset in info.presets)
             console.print(Padding(names, (0, 0, 0, 4)), highlight=False)
-    console.print("\nsparse-patch methods NAME: what each parameter does and may be")
+    console.print("\nsparse-patch methods NAME: meaning and allowed values of each parameter")
 
 
 def _show_method(info: sparse_patch.MethodInfo) -> None:
     title = plain(f"{info.name}: {info.summary}" + (f" ({info.source})" if info.source else ""))
     table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("parameter", "default", "may be", "meaning"):
+    for column in ("parameter", "default", "allowed values", "meaning"):
         table.add_column(column, overflow="fold")
-    for one in info.parameters:
-        table.add_row(*map(plain, (one.name, repr(one.default), one.allowed, one.help)))
+    for row in info.parameters:
+        table.add_row(*map(plain, (row.name, repr(row.default), row.allowed, row.help)))
     console.print(table)
     for preset, values in info.presets.items():
         settings = ", ".join(f"{key}={value!r}" for key, value in values.items())

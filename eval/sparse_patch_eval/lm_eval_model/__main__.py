@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Registers the model, and says what is missing.
+# Registers the model, or raises an error that names a missing package.
 import sparse_patch_eval.lm_eval_model.model  # noqa: F401
 from sparse_patch_eval.tasks import TASKS_FOLDER
 from sparse_patch_eval.tasks.hub.load import without_remote_code
@@ -41,10 +41,10 @@ def main() -> None:
 
 
 def with_our_tasks(arguments: Sequence[str], tasks: Path = TASKS_FOLDER) -> list[str]:
-    """The arguments, with our folder of tasks unless they name another or there is none.
+    """The arguments with our folder of tasks added, unless they name another folder.
 
-    A configuration file may name one that the command line would overrule, so it is left alone:
-    there, say `include_path` in the file.
+    A configuration file may set `include_path`, which the command line would override, so with
+    `--config` nothing is added.
     """
     names = [word.split("=", 1)[0] for word in arguments]
     own = any(name == "--config" or name.startswith(("-C", "--i")) for name in names)
@@ -56,7 +56,8 @@ def with_our_tasks(arguments: Sequence[str], tasks: Path = TASKS_FOLDER) -> list
 
 
 def _silenced(evaluate: Any) -> Any:
-    """An evaluation without results: with tensor parallelism, lm-eval writes once per node."""
+    """The evaluation without results: with tensor parallelism, lm-eval would write once per
+    node."""
 
     def run(*args: Any, **kwargs: Any) -> None:
         evaluate(*args, **kwargs)

@@ -6,12 +6,12 @@
     simple_evaluate(SparsePatchLM("smollm2", method="flexprefill:gamma=0.95"), tasks=[...])
 
 It is lm-eval's own `HFLM` (all of its arguments pass through), patched after loading. lm-eval cuts
-arguments at commas, so on its command line `;` stands between the parameters of a method.
+arguments at commas, so on its command line the parameters of a method are separated by `;`.
 
 A likelihood is that of decoding: the context is prefilled once with the method, and every candidate
-answer goes on from its KV cache (`continuation="decode"`). HFLM instead prefills context and answer
-together; `continuation="prefill"` does that, in batches whose padding no method sees. Rolling
-likelihoods (perplexity) have no context of their own and always run the second way.
+answer continues from its KV cache (`continuation="decode"`). HFLM instead prefills context and
+answer together; `continuation="prefill"` does that, in batches whose padding no method sees.
+Rolling likelihoods (perplexity) have no context and always use "prefill".
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             "smollm2", or the path of a .gguf file.
         method: "NAME" or "NAME:key=value;key=value" (`preset=NAME` among them), a mapping with
             "name" and parameters, or a method object. "dense" leaves the model unpatched.
-        method_args: further parameters, as a mapping: for values with commas, such as tuples, in
-            lm-eval's JSON form of --model_args.
+        method_args: further parameters, as a mapping, for values with commas, such as tuples (in
+            lm-eval's JSON form of --model_args).
         patch_layers: `layers` of `sparse_patch.patch`; also "0;5;-1", or "::3".
         dense_layers, min_length, min_queries, measure_recall: of `sparse_patch.patch`; None is its
             default.
@@ -75,13 +75,13 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             and answer in one forward, `batch_size` of them at a time.
         device: default: the GPU if there is one, else the CPU.
         device_map: as Transformers takes it; HFLM's `parallelize=True` is implied.
-        options: everything else HFLM takes. With `softmax_dtype`, only float32 is taken, which
-            likelihoods are computed in.
+        options: all other arguments of HFLM. `softmax_dtype` must be float32, in which likelihoods
+            are computed.
 
-    A loaded model that is given stays patched until `unpatch`.
+    A loaded model stays patched until `unpatch`.
 
     Raises:
-        ValueError: an argument is wrong; those of the method before any weight is loaded.
+        ValueError: an argument is wrong; the method's are checked before any weight is loaded.
     """
 
     def __init__(
@@ -108,7 +108,9 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             raise ValueError(f"continuation={continuation!r} must be one of {CONTINUATIONS}")
         if options.get("softmax_dtype") not in (None, "float32", torch.float32):
             raise ValueError("softmax_dtype: likelihoods are always computed in float32; drop it")
-        if not isinstance(options.get("trust_remote_code", False), bool):  # text would be true
+        if not isinstance(
+            options.get("trust_remote_code", False), bool
+        ):  # any text would count as true
             raise ValueError(
                 f"trust_remote_code={options['trust_remote_code']!r} must be True or False"
             )
@@ -131,29 +133,30 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         self._gathered: list[Sums] | None = None
 
     def _start_processes(self, device: str, batch_size: Any, one_model: bool) -> None:
-        """Join the processes that were launched with this one, of every node.
+        """Join the processes that were launched with this one, on all nodes.
 
-        HFLM's own way needs several GPUs on one node, and counts processes by node. What is set up
-        here is found by it later.
+        HFLM alone needs several GPUs on one node, and counts processes per node. It later finds
+        what is set up here.
         """
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.tensor_parallel = several and one_model
         if several and not one_model:
             if str(batch_size).startswith("auto:"):
-                # Each would look for its sizes at other places, and wait there for the others.
+                # Each process would search its sizes at other places, and wait there for the
+                # others.
                 raise ValueError(f"batch_size={batch_size} needs one process; use auto or a number")
             forever = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
-            # Told to, it uses the CPU; not told, a CPU machine is one process to it.
+            # Without `cpu`, the Accelerator takes a CPU machine for one process.
             self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[forever])
 
     def _share_data(self) -> None:
-        """Every process takes its share of the requests, unless they hold one model together."""
+        """Give every process its share of the requests, unless all hold one model together."""
         if hasattr(self, "accelerator"):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
 
     def unpatch(self) -> None:
-        """Leave the model as it was before; the report of what was done stays."""
+        """Restore the model; the report stays available."""
         if self.patch is not None and self._tally is not None:
             self._tally.remove()
             self.patch.remove()
@@ -168,8 +171,8 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def share(self, rows: list[Any]) -> list[Any] | None:
         """The rows of all data-parallel processes, by process, in the writer; None elsewhere.
 
-        Every process must call it. Tensor-parallel processes have the same rows: the writer's are
-        taken.
+        Every process must call it. Tensor-parallel processes have equal rows: the writer's are
+        used.
         """
         if self.world_size == 1:
             return rows if self.is_writer else None
@@ -177,7 +180,7 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return None if parts is None else [row for part in parts for row in part]
 
     def barrier(self) -> None:
-        """lm-eval waits here after each type of request: all processes are here."""
+        """Called by lm-eval in all processes after each type of request."""
         super().barrier()
         if self.world_size > 1:
             self._gather_sums()
@@ -205,9 +208,9 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return self.tok_encode(text) or [self.prefix_token_id]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of a prompt and of what follows it, as `loglikelihood` sees them.
+        """Tokens of a prompt and of its continuation, as `loglikelihood` sees them.
 
-        Spaces at the end of the prompt go over to what follows.
+        Spaces at the end of the prompt move to the continuation.
         """
         if context:
             prompt, rest = self._encode_pair(context, continuation)
@@ -219,18 +222,20 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Score]:
         with self._answering():
-            found: list[Score] = super().loglikelihood(requests, self._silent(disable_tqdm))
-        return found
+            scores: list[Score] = super().loglikelihood(requests, self._silent(disable_tqdm))
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         with self._answering():
-            found: list[float] = super().loglikelihood_rolling(requests, self._silent(disable_tqdm))
-        return found
+            scores: list[float] = super().loglikelihood_rolling(
+                requests, self._silent(disable_tqdm)
+            )
+        return scores
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         with self._answering():
-            found: list[str] = super().generate_until(requests, self._silent(disable_tqdm))
-        return found
+            texts: list[str] = super().generate_until(requests, self._silent(disable_tqdm))
+        return texts
 
     def _silent(self, disable_tqdm: bool) -> bool:
         return disable_tqdm or not self.is_writer
@@ -242,8 +247,10 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         override_bs: int | None = None,
     ) -> list[Score]:
         if self.backend != "causal":
-            found: list[Score] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            return found
+            other_scores: list[Score] = super()._loglikelihood_tokens(
+                requests, disable_tqdm, override_bs
+            )
+            return other_scores
         asked = [self._fit(Scored(*request)) for request in requests]
         together = self.continuation == "prefill" or override_bs is not None
         scores = self._by_prefill(asked, override_bs) if together else self._by_decode(asked)
@@ -259,7 +266,8 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return [result[number] for number in range(len(asked))]
 
     def _fit(self, asked: Scored) -> Scored:
-        """As HFLM cuts it: from the left, so that a forward has no more than `max_length`."""
+        """Cut the context as HFLM does: from the left, so that a forward has at most
+        `max_length`."""
         room = self.max_length + 1 - len(asked.continuation)
         if not asked.context or not 0 < len(asked.continuation) <= self.max_length:
             raise ValueError(
@@ -269,39 +277,39 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             )
         if len(asked.context) > room:
             _logger.warning(
-                "a context of %d tokens loses its first %d: max_length is %d",
+                "a context of %d tokens is cut by its first %d: max_length is %d",
                 len(asked.context), len(asked.context) - room, self.max_length,
             )  # fmt: skip
         return asked._replace(context=asked.context[-room:])
 
     def _by_decode(self, asked: Sequence[Scored]) -> Iterator[tuple[int, Score]]:
-        """One prefill per context; its answers go on from there. The longest comes first."""
-        for members in groups_of(asked, lambda one: one.context):
+        """One prefill per context, from which its answers continue. The longest comes first."""
+        for members in groups_of(asked, lambda item: item.context):
             yield from zip(members, self._go_on([asked[n] for n in members]), strict=True)
 
     def _go_on(self, asked: Sequence[Scored]) -> list[Score]:
-        """Continuations of one context. Its cache ends with this call, before the next begins."""
+        """Scores of one context's continuations. Its cache is freed before the next context."""
         ids = torch.tensor([asked[0].context], device=self.device)
         with self._autocast():
             start = prefill(self.model, ids)
-            return [likelihood(self.model, start, one.continuation) for one in asked]
+            return [likelihood(self.model, start, item.continuation) for item in asked]
 
     def _by_prefill(self, asked: Sequence[Scored], size: int | None) -> Iterator[tuple[int, Score]]:
         """Context and answer in one forward, a batch at a time; equal inputs run once."""
-        groups = groups_of(asked, lambda one: one.input)
+        groups = groups_of(asked, lambda item: item.input)
         for batch in self._batches(asked, groups, size):
-            wanted = [[asked[n].continuation for n in members] for members in batch]
+            continuations = [[asked[n].continuation for n in members] for members in batch]
             inputs = [asked[members[0]].input for members in batch]
             with self._autocast():
-                found = score_batch(self.model, inputs, wanted, self.device)
-            for members, scores in zip(batch, found, strict=True):
+                batch_scores = score_batch(self.model, inputs, continuations, self.device)
+            for members, scores in zip(batch, batch_scores, strict=True):
                 yield from zip(members, scores, strict=True)
 
     def _batches(
         self, asked: Sequence[Scored], groups: list[list[int]], size: int | None
     ) -> Iterator[list[list[int]]]:
         """Groups in batches of `size` or as `batch_size` says; "auto:N" finds the size N times."""
-        self.batch_sizes: dict[int, int] = {}  # of this call: HFLM puts them into the results
+        self.batch_sizes: dict[int, int] = {}  # HFLM puts those of the last call into the results
         position = 0
         while position < len(groups):
             count = size or self.batch_size
@@ -334,9 +342,9 @@ class SparsePatchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         `prefill` (None when dense) has calls, density over all of them (kept / causal, an exact
         call counts 1), density of the sparse calls, recall if measured, exact calls by reason, and
         the same by layer. A call is one sequence in one forward of one layer. After lm-eval's
-        requests it is about all processes (of a tensor-parallel model, each has calls of its own
-        for its heads), and with data parallelism about requests that lm-eval repeats to keep
-        processes in step, too.
+        requests it covers all processes (in a tensor-parallel model each counts the calls for its
+        own heads), and with data parallelism also the requests that lm-eval repeats to keep
+        processes in step.
         """
         prefills: Sums | None = None
         if self._tally is not None:

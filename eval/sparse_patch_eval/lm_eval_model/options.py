@@ -1,4 +1,4 @@
-"""Arguments of the lm-eval model that come as text, numbers or Python values, in one form."""
+"""Parsers of the lm-eval model's arguments, given as text, numbers or Python values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparse_patch_eval.inputs import models
 
 _SEMICOLON = re.compile(r"(?<!\\);")
 CONTINUATIONS = ("decode", "prefill")
-# What only HFLM's own loading understands, which does not read a .gguf file as we do.
+# Options that only HFLM's own loading supports, which does not read a .gguf file as we do.
 _LOADING = (
     "parallelize",
     "tp_plan",
@@ -75,7 +75,7 @@ def read_method(
 
 
 def parameters(method: Any) -> dict[str, Any]:
-    """All parameters of a method, JSON-ready; of one that is no dataclass, its text."""
+    """All parameters of a method, JSON-ready; the repr of a method that is not a dataclass."""
     if not dataclasses.is_dataclass(method) or isinstance(method, type):
         return {"repr": repr(method)}
     return dataclasses.asdict(method)
@@ -83,7 +83,7 @@ def parameters(method: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """What `sparse_patch.patch` takes beside the method; None is its own default."""
+    """Options of `sparse_patch.patch` besides the method; None is its default."""
 
     layers: Any = None
     dense_layers: Any = None
@@ -102,10 +102,10 @@ class PatchOptions:
         backend: Any,
         measure_recall: Any,
     ) -> PatchOptions:
-        """Check what needs no model.
+        """Check the values as far as possible without a model.
 
         Raises:
-            ValueError: a value that no model would make right.
+            ValueError: a value is wrong for every model.
         """
         if isinstance(dense_layers, str):  # a number of layers comes as a number
             dense_layers = _layers("dense_layers", dense_layers)
@@ -135,7 +135,7 @@ class PatchOptions:
         return options
 
     def given(self) -> dict[str, Any]:
-        """What was given, JSON-ready."""
+        """The options that were given, JSON-ready."""
         return {
             key: str(value) if isinstance(value, slice) else value
             for key, value in vars(self).items()
@@ -164,7 +164,7 @@ def _layers(name: str, given: Any) -> slice | tuple[int, ...] | None:
 
 
 def choose_device(device: str | None) -> str:
-    """Where to, if not said; lm-eval says "cuda:0" when its user says nothing."""
+    """The device to use; lm-eval passes "cuda:0" when its user names none."""
     if torch.cuda.is_available() or (device is not None and not device.startswith("cuda")):
         return device or "cuda"
     return "cpu"
@@ -173,11 +173,11 @@ def choose_device(device: str | None) -> str:
 def source_of(
     pretrained: str | PreTrainedModel, device: str, options: dict[str, Any]
 ) -> tuple[str | PreTrainedModel, dict[str, Any]]:
-    """What HFLM can load, for what our command line takes as a model.
+    """A model as HFLM can load it, from a name as our command line takes it.
 
     Raises:
-        ValueError: an option that a .gguf file does not go with, or a folder whose index names
-            weights elsewhere.
+        ValueError: an option does not work with a .gguf file, or a folder's index names weights
+            elsewhere.
     """
     alias = models.packaged(pretrained) if isinstance(pretrained, str) else None
     if alias is not None:
@@ -188,8 +188,8 @@ def source_of(
         return pretrained, options
     if refused := [name for name in _LOADING if options.get(name)]:
         raise ValueError(
-            f"{', '.join(refused)}: not with pretrained={pretrained!r}; save the model that "
-            "sparse_patch_eval.inputs.models.load reads from it, and give that folder"
+            f"{', '.join(refused)} cannot be used with pretrained={pretrained!r}; save the model "
+            "that sparse_patch_eval.inputs.models.load reads from it, and give that folder"
         )
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

@@ -1,8 +1,8 @@
-"""What a patch did in prefills, and only there: sums that several processes can add up.
+"""Counts of a patch in prefills only, as sums that several processes can add up.
 
-A patch's own report counts every call: the decode steps of generated text and the few tokens of a
-scored answer run exact, by the thousand, and would hide what the prefills did. So a hook around
-the model's forward looks at the report before and after each forward that begins a sequence.
+A patch's own report counts every call: thousands of exact decode steps and short answers would hide
+the prefills. So a hook around the model's forward reads the report before and after each forward
+that begins a sequence.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Tally:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Forwards in here are not counted."""
+        """Do not count forwards inside the block."""
         self._counting = False
         try:
             yield
@@ -136,8 +136,8 @@ class Tally:
             hook.remove()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        # By what it is: the argument is `past_key_values`, from Transformers 5.24 on `cache`.
-        cache = next((given for given in kwargs.values() if isinstance(given, Cache)), None)
+        # Found by type: the argument is `past_key_values`, from Transformers 5.24 on `cache`.
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         begins = cache is None or cache.get_seq_length() == 0
         self._before = self._patch.report() if begins and self._counting else None
 

@@ -1,1 +1,1 @@
-"""Pages, tables and figures that people read, of runs and of one inspected prompt."""
+"""Pages, tables and figures of runs and of one inspected prompt."""

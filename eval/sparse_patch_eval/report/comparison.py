@@ -21,7 +21,7 @@ from sparse_patch_eval.runs.format import Sample
 from sparse_patch_eval.runs.reading import Run
 
 AVERAGE = "average"
-# A method of which more calls than this ran exact says little about the method.
+# Share of exact calls above which a run says little about its method.
 MOSTLY_EXACT = 0.5
 
 
@@ -30,16 +30,16 @@ class Comparison:
     """A row of the main table: one method on one task (or a benchmark's average) at one length.
 
     Attributes:
-        n: samples; paired: those of them that dense has too (0 for dense itself).
-        scores: the primary one first; of an average, only those that all its tasks have.
+        n: number of samples; paired: those that dense has too (0 for dense itself).
+        scores: the primary one first; an average has only the scores of all its tasks.
         density: kept / causal blocks, exact calls counted as 1 where the run counts its calls.
         recall: attention mass kept; None if it was not measured.
         prefill_seconds: median.
         speed_up: median over pairs of dense time / method time, on the same machine.
-        exact_share: of the prefill's attention calls; None if the run does not count sparse ones.
-        exact: calls by reason.
-        truncated: samples with a prompt that was cut.
-        flags: what the numbers do not say by themselves; () if nothing.
+        exact_share: of the prefill's attention calls; None if the run does not count sparse calls.
+        exact: exact calls by reason.
+        truncated: number of samples with a truncated prompt.
+        flags: warnings about the numbers.
     """
 
     section: Section
@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def is_mostly_exact(self) -> bool:
-        """So much ran dense that the scores are dense's, not the method's."""
+        """Did so many calls run exact that the scores are dense's, not the method's?"""
         if self.exact_share is not None:
             return self.exact_share > MOSTLY_EXACT
         return bool(self.exact) and self.density == 1
@@ -97,12 +97,12 @@ def compare_section(section: Section) -> list[Comparison]:
                 ]
         lengths = {length for task in tasks for length in cells.lengths[benchmark, task]}
         for length in _ascending(lengths):
-            here = tuple(task for task in tasks if length in cells.lengths[benchmark, task])
-            if len(here) > 1:
+            measured = tuple(task for task in tasks if length in cells.lengths[benchmark, task])
+            if len(measured) > 1:
                 rows += [
-                    _compare(cells, benchmark, here, length, label)
+                    _compare(cells, benchmark, measured, length, label)
                     for label in section.runs
-                    if all(cells.samples.get((benchmark, task, length, label)) for task in here)
+                    if all(cells.samples.get((benchmark, task, length, label)) for task in measured)
                 ]
     return rows
 
@@ -171,7 +171,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _speed_up(pairs: Sequence[tuple[Sample, Sample]]) -> float | None:
-    """Times of two machines are no ratio: only pairs from one count."""
+    """Median time ratio of the pairs that ran on one machine."""
     ratios = [
         dense.prefill_seconds / own.prefill_seconds
         for own, dense in pairs
@@ -181,19 +181,19 @@ def _speed_up(pairs: Sequence[tuple[Sample, Sample]]) -> float | None:
 
 
 def speed_ups(section: Section) -> dict[tuple[str, int | None], float]:
-    """By method and length, over the samples of all tasks; without dense."""
-    found = {}
+    """Speed-ups by method and length, over the samples of all tasks; without dense."""
+    ratios = {}
     for label, run in section.runs.items():
         partners = dense_partners(section, label)
         pairs: dict[int | None, list[tuple[Sample, Sample]]] = {}
         for sample in () if run.is_dense else run.samples:
             if sample.key in partners:
                 pairs.setdefault(sample.length, []).append((sample, partners[sample.key]))
-        for length, some in pairs.items():
-            ratio = _speed_up(some)
+        for length, members in pairs.items():
+            ratio = _speed_up(members)
             if ratio is not None:
-                found[label, length] = ratio
-    return found
+                ratios[label, length] = ratio
+    return ratios
 
 
 def _place(sample: Sample) -> tuple[Any, ...]:

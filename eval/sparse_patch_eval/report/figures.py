@@ -26,14 +26,14 @@ from sparse_patch_eval.report.sections import Section
 def figures(section: Section, rows: Sequence[Comparison]) -> list[Figure]:
     """All figures that a section's rows have data for."""
     looks = styles(section)
-    found = [
+    drawn = [
         _against_density(section, rows, looks),
         _forest(rows, looks),
         _against_length(section, rows, looks),
         _speed_up(section, looks),
         *heat_maps(section),
     ]
-    return [figure for figure in found if figure.panels]
+    return [figure for figure in drawn if figure.panels]
 
 
 def overall(rows: Sequence[Comparison]) -> list[list[Comparison]]:
@@ -47,14 +47,14 @@ def overall(rows: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def cells(rows: Sequence[Comparison]) -> list[tuple[str, list[Comparison]]]:
-    """What a panel each is drawn of: a score and the rows that have it, by benchmark and score."""
-    found = [
+    """The content of each panel: a score and the rows that have it, by benchmark and score."""
+    pairs = [
         (name, [row for row in group if name in row.scores])
         for group in overall(rows)
         for name in shown(group)
     ]
-    first = {cell: number for number, cell in enumerate(dict.fromkeys(map(_series, found)))}
-    return sorted(found, key=lambda cell: first[_series(cell)])  # keeps the order of lengths
+    first = {cell: number for number, cell in enumerate(dict.fromkeys(map(_series, pairs)))}
+    return sorted(pairs, key=lambda cell: first[_series(cell)])  # keeps the order of lengths
 
 
 def _series(cell: tuple[str, list[Comparison]]) -> tuple[str, str]:
@@ -63,7 +63,7 @@ def _series(cell: tuple[str, list[Comparison]]) -> tuple[str, str]:
 
 
 def shown(rows: Sequence[Comparison]) -> list[str]:
-    """Scores of some methods that say something."""
+    """The scores to draw: those that can be measured, without perplexity."""
     names = dict.fromkeys(name for row in rows for name in row.scores)
     return [
         name
@@ -84,7 +84,7 @@ def axis_name(score: Score) -> str:
 
 
 def front(points: Sequence[tuple[float, float]], *, higher_is_better: bool) -> list[int]:
-    """Indices of the (density, score) points that no other beats in both, by density."""
+    """Indices of the (density, score) points that no other point beats in both, by density."""
     sign = 1 if higher_is_better else -1
     kept: list[int] = []
     for number in sorted(range(len(points)), key=lambda n: (points[n][0], -sign * points[n][1])):
@@ -111,8 +111,8 @@ def _against_density(
     return Figure(
         "Score against density",
         "Left is cheaper. Filled and joined: a method's Pareto front over its settings; hollow: "
-        "another setting of it keeps less and scores no worse. Faint: most calls ran exact, so the "
-        "score is dense's own. Dashed: dense.",
+        "another setting of the method keeps less and scores no worse. Faint: most calls ran "
+        "exact, so the score is dense's. Dashed: dense.",
         tuple(panels),
         legend(looks, f"density {section.model} {section.settings}"),
     )
@@ -171,7 +171,7 @@ def _forest(rows: Sequence[Comparison], looks: dict[str, Style]) -> Figure:
     return Figure(
         "Difference to dense",
         "Mean over paired samples and its 95 % bootstrap interval; the line at 0 is dense. Filled: "
-        "the interval does not hold 0. Faint: most calls ran exact, so it is dense's own.",
+        "the interval excludes 0. Faint: most calls ran exact, so the score is dense's.",
         tuple(panels),
     )
 
@@ -227,7 +227,7 @@ def _against_length(
             )
     return Figure(
         "Score against length",
-        "Tasks with at least two lengths, and scores that can be measured at all of them.",
+        "Tasks with at least two lengths, and scores that can be measured at all of these.",
         tuple(panels),
         legend(looks, f"length {section.model} {section.settings}"),
     )
@@ -251,7 +251,7 @@ def _speed_up(section: Section, looks: dict[str, Style]) -> Figure:
         panels.append(panel(draw, name, words="prefill speed-up over dense against length"))
     return Figure(
         "Speed-up",
-        "Prefill time of dense over the method's, median over paired samples of all tasks of one "
+        "Prefill time of dense over the method's, median over paired samples of all tasks on one "
         "machine. Below the dashed line the method is slower than dense.",
         tuple(panels),
         legend(used, f"speed-up {section.model} {section.settings}"),

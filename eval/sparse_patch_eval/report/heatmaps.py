@@ -1,4 +1,4 @@
-"""Needle heat maps: where in the prompt, and at what length, a needle is still found."""
+"""Needle heat maps: the score by depth of the needle and length of the prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def heat_maps(section: Section) -> list[Figure]:
         for sample in run.samples:
             if sample.depth is not None and sample.length is not None and sample.scores:
                 tasks.setdefault(sample.task, {}).setdefault(label, []).append(sample)
-    return [figure for task, found in tasks.items() if (figure := _figure(section, task, found))]
+    return [
+        figure for task, by_label in tasks.items() if (figure := _figure(section, task, by_label))
+    ]
 
 
 def _figure(section: Section, task: str, by_label: dict[str, list[Sample]]) -> Figure | None:

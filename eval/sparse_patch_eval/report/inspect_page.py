@@ -1,4 +1,4 @@
-"""One inspected prompt as an HTML page, see `html`: tables, and a map per head to zoom into."""
+"""One inspected prompt as an HTML page (see `html`): tables, and a map per head to zoom into."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sparse_patch import HeadView, Inspection, LayerView
 from sparse_patch_eval.base.html import render
 
 WORST = 12
-# Colours of a map, RGB: what is not shown, what is; attention kept, attention lost.
+# Colours of a map, RGB: keys left out, keys kept; attention kept, attention lost.
 _HIDDEN, _SHOWN = (1.0, 1.0, 1.0), (0.86, 0.92, 0.98)
 _KEPT, _LOST = (0.03, 0.29, 0.57), (0.80, 0.09, 0.11)
-# Mass per band from which on it is seen; a whole row's attention is the darkest.
+# Smallest visible mass per band; a whole row's attention is the darkest.
 _LEAST = 1e-4
 
 
 @dataclass(frozen=True)
 class Worst:
-    """A head that loses much: where it is worst, and the text that ends there."""
+    """A head that loses much attention, and the text that ends at its worst row."""
 
     layer: int
     head: HeadView
@@ -40,7 +40,7 @@ def page(
     """The HTML text.
 
     Args:
-        about: what to say of model, prompt and machine, by name.
+        about: descriptions of model, prompt and machine, by name.
         text_until: a few words of the prompt that end at a position.
         next_tokens: text of the next token, dense and sparse.
 

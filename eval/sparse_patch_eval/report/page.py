@@ -1,4 +1,4 @@
-"""The report as one HTML page, see `html`."""
+"""The report as one HTML page (see `html`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LONGEST_ANSWER = 600
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: text, what to sort by, small lines below it, and classes for both."""
+    """A table cell: text, sort key, small lines below the text, and a CSS class."""
 
     text: str
     sort: float | str | None = None
@@ -33,7 +33,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A sortable table; `filters`: columns to choose values of."""
+    """A sortable table; `filters`: columns whose values can be filtered."""
 
     title: str
     head: tuple[str, ...]
@@ -43,7 +43,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Differing:
-    """Samples of a method that were answered otherwise than by dense."""
+    """Samples on which a method's answer differs from dense's."""
 
     method: str
     compared: int
@@ -52,8 +52,8 @@ class Differing:
     examples: tuple[dict[str, Any], ...]
 
 
-def page(found: Sequence[Section], rows: Sequence[Comparison], *, answers: int = ANSWERS) -> str:
-    """The HTML text; `answers`: how many differing answers of each method are shown.
+def page(sections: Sequence[Section], rows: Sequence[Comparison], *, answers: int = ANSWERS) -> str:
+    """The HTML text; `answers`: number of differing answers to show per method.
 
     Raises:
         ImportError: jinja2, matplotlib or scipy is missing.
@@ -63,7 +63,10 @@ def page(found: Sequence[Section], rows: Sequence[Comparison], *, answers: int =
         scripts=["report.js"],
         styles=["report.css"],
         how_to_read=HOW_TO_READ,
-        sections=[_section(one, [r for r in rows if r.section is one], answers) for one in found],
+        sections=[
+            _section(section, [row for row in rows if row.section is section], answers)
+            for section in sections
+        ],
     )
 
 
@@ -92,29 +95,29 @@ def _section(section: Section, rows: list[Comparison], answers: int) -> dict[str
 
 
 def _warnings(rows: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
-    """What to know before believing a number: a method's flags, with where they hold."""
-    found: dict[str, dict[str, list[str]]] = {}
+    """The flags of each method, with the tasks and lengths they apply to."""
+    places_of: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for flag in row.flags if not row.is_average else ():
             place = row.task if row.length is None else f"{row.task} at {row.length:,}"
-            found.setdefault(row.method, {}).setdefault(flag, []).append(place)
+            places_of.setdefault(row.method, {}).setdefault(flag, []).append(place)
     return [
         (method, [f"{flag}: {', '.join(places)}" for flag, places in flags.items()])
-        for method, flags in found.items()
+        for method, flags in places_of.items()
     ]
 
 
 def _unmeasurable(rows: Sequence[Comparison]) -> list[tuple[str, str]]:
-    """Task, and the scores that cannot be measured at which lengths."""
-    found: dict[str, dict[str, dict[str, None]]] = {}
+    """Tasks, and their scores that cannot be measured, with the lengths."""
+    scores_of: dict[str, dict[str, dict[str, None]]] = {}
     for row in rows:
         for score in row.scores.values() if not row.is_average else ():
             if score.measurable is False:
                 length = "" if row.length is None else f"{row.length:,}"
-                found.setdefault(row.task, {}).setdefault(score.name, {})[length] = None
+                scores_of.setdefault(row.task, {}).setdefault(score.name, {})[length] = None
     return [
         (task, "; ".join(_at(name, list(lengths)) for name, lengths in names.items()))
-        for task, names in found.items()
+        for task, names in scores_of.items()
     ]
 
 
@@ -123,13 +126,13 @@ def _at(name: str, lengths: list[str]) -> str:
 
 
 def _tables(rows: Sequence[Comparison]) -> list[Table]:
-    """One a benchmark: benchmarks differ in their scores."""
+    """One table per benchmark, since benchmarks differ in their scores."""
     benchmarks = dict.fromkeys(row.benchmark for row in rows)
     return [_table(name, [row for row in rows if row.benchmark == name]) for name in benchmarks]
 
 
 def _table(title: str, rows: Sequence[Comparison]) -> Table:
-    """A column for the primary score, whatever its name is, and one for each other score."""
+    """A table with one column for the primary score and one for each other score."""
     primary = {row.primary.name for row in rows if row.primary}
     others = list(dict.fromkeys(name for row in rows for name in list(row.scores)[1:]))
     scores = {name: score for row in rows for name, score in row.scores.items()}
@@ -169,7 +172,7 @@ def _value(value: float | None, form: str = ".3f", unit: str = "") -> Cell:
 
 
 def _score(score: Score, *, named: bool = False) -> Cell:
-    """The mean; below it the difference to dense, in colour where its interval leaves out 0."""
+    """The mean; below it the difference to dense, coloured where its interval excludes 0."""
     remarks = [score.name] if named else []
     if score.measurable is False:
         return Cell(number(score.mean), score.mean, NOT_MEASURABLE, kind="unmeasurable")
@@ -184,7 +187,7 @@ def _score(score: Score, *, named: bool = False) -> Cell:
 
 
 def _differing(section: Section, label: str, limit: int) -> Differing:
-    """First those whose primary score changed, then the others, in the order of the run."""
+    """Differing answers: first those with another primary score, then the rest, in run order."""
     partners = dense_partners(section, label)
     pairs = [
         (sample, partners[sample.key])
@@ -253,7 +256,7 @@ def _named(sample: Sample, name: str) -> str:
 
 
 def command(section: Section) -> str:
-    """The `sparse-patch eval` line that makes such runs."""
+    """The `sparse-patch eval` command that reproduces the runs."""
     runs = list(section.runs.values())
     samples = [sample for run in runs for sample in run.samples]
     lengths = sorted({sample.length for sample in samples if sample.length is not None})
@@ -263,7 +266,7 @@ def command(section: Section) -> str:
             key = (label, sample.task, sample.length)
             counts[key] = counts.get(key, 0) + 1
     words = ["sparse-patch eval", f"--model {shlex.quote(section.model)}"]
-    words += [f"--method {shlex.quote(one)}" for one in dict.fromkeys(run.method for run in runs)]
+    words += [f"--method {shlex.quote(spec)}" for spec in dict.fromkeys(run.method for run in runs)]
     benchmarks = dict.fromkeys(sample.benchmark for sample in samples)
     if benchmarks:
         words.append(f"--tasks {shlex.quote(','.join(benchmarks))}")

@@ -1,4 +1,4 @@
-"""How a report's figures are drawn: small panels of inline SVG for phones, light and dark pages.
+"""Drawing of a report's figures: small panels of inline SVG for phones, light and dark pages.
 
 A figure is several panels rather than one wide picture: a page lays them side by side or below one
 another, and their letters stay readable at 360 px. Axes and letters take the page's text colour
@@ -26,7 +26,7 @@ _COLOURS = (
 )  # fmt: skip
 _MARKERS = "osD^vPX<>ph*"
 _DASHES = ("-", "--", "-.", ":")
-# A colour nobody asks for, which becomes the page's own.
+# A placeholder colour, which becomes the page's text colour.
 INK = "#010203"
 WIDTH, HEIGHT = 4.6, 3.2
 _SETTINGS = {
@@ -51,7 +51,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Panel:
-    """An `<svg>` element, and what it shows in words."""
+    """An `<svg>` element and its description in words."""
 
     svg: str
     words: str
@@ -59,7 +59,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels under one heading; `legend`: methods, and an `<svg>` of how each is drawn."""
+    """Panels under one heading; `legend`: methods, each with an `<svg>` of its line."""
 
     title: str
     caption: str
@@ -80,24 +80,24 @@ class Style:
 
 
 def styles(section: Section) -> dict[str, Style]:
-    """One style a label; dense is drawn in the page's text colour."""
+    """One style per label; dense is drawn in the page's text colour."""
     families: dict[str, list[str]] = {}
     for label, run in section.runs.items():
         families.setdefault(run.family, []).append(label)
     sparse = [family for family in families if family != "dense"]
-    found = {}
+    result = {}
     for family, labels in families.items():
         for number, label in enumerate(labels):
             colour = INK
             if family in sparse:
                 colour = _COLOURS[sparse.index(family) % len(_COLOURS)]
             marker = _MARKERS[number % len(_MARKERS)]
-            found[label] = Style(colour, marker, _DASHES[number % len(_DASHES)])
-    return found
+            result[label] = Style(colour, marker, _DASHES[number % len(_DASHES)])
+    return result
 
 
 def legend(looks: Mapping[str, Style], name: str) -> tuple[tuple[str, str], ...]:
-    """Line and marker of each method; `name` must be its own on the page."""
+    """Line and marker of each method; `name` must be unique on the page."""
     return tuple(
         (
             label,
@@ -124,7 +124,7 @@ def panel(
     words: str,
     size: tuple[float, float] = (WIDTH, HEIGHT),
 ) -> Panel:
-    """Let `draw(axes)` fill a figure of `size` inches; `name` must be its own on the page."""
+    """Let `draw(axes)` fill a figure of `size` inches; `name` must be unique on the page."""
     try:
         import matplotlib
         from matplotlib.figure import Figure as Canvas

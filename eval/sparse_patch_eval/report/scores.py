@@ -16,7 +16,7 @@ from sparse_patch_eval.report.chance import SEED, above_chance, chance
 from sparse_patch_eval.report.sections import Section, dense_partners
 from sparse_patch_eval.runs.format import Key, Sample
 
-# Of fewer pairs a bootstrap interval says little: of one pair it has no width at all.
+# With fewer pairs a bootstrap interval says little; with one pair it has no width.
 FEW = 10
 
 
@@ -25,11 +25,11 @@ class Score:
     """One score of one method.
 
     Attributes:
-        n: samples that have it; of an average, of the tasks that are in it.
-        mean: over those; of an average, the mean of the means of its tasks.
-        difference: to dense, over the paired samples; None for dense, and without a partner.
-        measurable: dense is above chance; None where there is no chance level or no dense.
-        tasks: of an average, how many of the benchmark's tasks are in it; else None.
+        n: number of samples with the score; of an average, in all its tasks.
+        mean: over those samples; of an average, the mean of its tasks' means.
+        difference: to dense, over the paired samples; None for dense, and without a pair.
+        measurable: is dense above chance? None without a chance level or without dense.
+        tasks: of an average, the numbers of averaged tasks and of all tasks; else None.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Score:
 
     @property
     def is_clear(self) -> bool:
-        """The difference to dense is one: enough pairs, and 0 outside of its interval."""
+        """Is the difference to dense significant: enough pairs, and 0 outside of its interval?"""
         gap = self.difference
         return gap is not None and gap.n >= FEW and not gap.low <= 0 <= gap.high
 
 
 class Cells:
-    """A section's samples by (benchmark, task, length, label), and what dense says of each."""
+    """A section's samples by (benchmark, task, length, label), and dense's samples for each."""
 
     def __init__(self, section: Section) -> None:
         self.section = section
@@ -56,25 +56,24 @@ class Cells:
         self.tasks: dict[str, dict[str, None]] = {}
         self.lengths: dict[tuple[str, str], set[int | None]] = {}
         for label, run in section.runs.items():
-            for one in run.samples:
-                self.samples.setdefault((one.benchmark, one.task, one.length, label), []).append(
-                    one
-                )
-                self.tasks.setdefault(one.benchmark, {})[one.task] = None
-                self.lengths.setdefault((one.benchmark, one.task), set()).add(one.length)
+            for sample in run.samples:
+                benchmark, task, length = sample.benchmark, sample.task, sample.length
+                self.samples.setdefault((benchmark, task, length, label), []).append(sample)
+                self.tasks.setdefault(benchmark, {})[task] = None
+                self.lengths.setdefault((benchmark, task), set()).add(length)
         self.partners = {label: dense_partners(section, label) for label in section.runs}
         self._measurable: dict[tuple[str, str, int | None, str], bool | None] = {}
 
     def measurable(self, benchmark: str, task: str, length: int | None, score: str) -> bool | None:
-        """Dense is above chance; None without a chance level or without dense."""
+        """Is dense above chance? None without a chance level or without dense."""
         key = (benchmark, task, length, score)
         if key not in self._measurable:
-            found: dict[Key, Sample] = {}
+            dense_samples: dict[Key, Sample] = {}
             for label in self.section.dense:
-                found.update(
+                dense_samples.update(
                     {s.key: s for s in self.samples.get((benchmark, task, length, label), ())}
                 )
-            values = [s.scores[score] for s in found.values() if score in s.scores]
+            values = [s.scores[score] for s in dense_samples.values() if score in s.scores]
             level = chance(task, score)
             self._measurable[key] = (
                 None if level is None or not values else above_chance(values, level)
@@ -93,7 +92,7 @@ def score_columns(
     names = {task: _names(samples) for task, samples in groups.items()}
     first = [next(iter(found), None) for found in names.values()]
     common = [name for name in next(iter(names.values())) if all(name in n for n in names.values())]
-    # Tasks of several primary scores, all better high: their mean is what such suites quote.
+    # Tasks with several primary scores, all better high: suites quote their mean.
     columns = {name: dict.fromkeys(groups, name) for name in common}
     directions = cells.section.runs[label].higher_is_better
     if len(set(first)) > 1 and all(name and directions[name] for name in first):
@@ -136,7 +135,7 @@ def _score(
         name=name,
         higher_is_better=run.higher_is_better[of[tasks[0]]],
         n=sum(map(len, values.values())),
-        mean=fmean(fmean(found) for found in values.values()),
+        mean=fmean(fmean(task_values) for task_values in values.values()),
         difference=_difference(cells, {t: groups[t] for t in tasks}, label, of),
         measurable=None if None in known else known == {True},
         tasks=(len(tasks), len(groups)) if len(groups) > 1 else None,
@@ -155,7 +154,7 @@ def _difference(
         paired = [(s, partners[s.key]) for s in samples if s.key in partners]
         pairs.append(
             [
-                # KL is to dense already, and dense may not have been asked for its own.
+                # KL is relative to dense already, and dense may not have a KL of its own.
                 s.scores[name] - (d.scores.get(name, 0.0) if name == "kl" else d.scores[name])
                 for s, d in paired
                 if name in s.scores and (name in d.scores or name == "kl")

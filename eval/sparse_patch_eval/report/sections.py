@@ -1,4 +1,4 @@
-"""Runs of one model setting, with labels that tell them apart, and their dense partners."""
+"""Runs of one model setting, with distinct labels, and their dense partners."""
 
 from __future__ import annotations
 
@@ -31,31 +31,35 @@ class Section:
 
 
 def sections(runs: Iterable[Run]) -> list[Section]:
-    """Runs by model setting, in the order given; labels tell like runs apart."""
+    """Runs by model setting, in the order given, with distinct labels."""
     by_setting: dict[tuple[str, str, str, int, bool], list[Run]] = {}
     for run in runs:
         setting = (run.model, run.dtype, run.device, run.seed, run.chat_template)
         by_setting.setdefault(setting, []).append(run)
-    return [Section(*setting, _labels(found)) for setting, found in by_setting.items()]
+    return [Section(*setting, _labels(members)) for setting, members in by_setting.items()]
 
 
 def _labels(runs: list[Run]) -> dict[str, Run]:
-    """Methods as written; where two are written alike, with what differs, or else the folder."""
+    """Runs by method as written; equal ones also with their differing settings, or the folder."""
     named: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: not run.is_dense):
         named.setdefault(run.method, []).append(run)
     labels = {}
     for method, same in named.items():
         settings = [{**run.params, **run.patch} for run in same]
-        names = dict.fromkeys(name for one in settings for name in one)
+        names = dict.fromkeys(name for values in settings for name in values)
         missing = object()
-        told = [
-            name for name in names if len({repr(one.get(name, missing)) for one in settings}) > 1
+        differing = [
+            name
+            for name in names
+            if len({repr(values.get(name, missing)) for values in settings}) > 1
         ]
-        tags = [", ".join(f"{name}={one.get(name)}" for name in told) for one in settings]
+        tags = [
+            ", ".join(f"{name}={values.get(name)}" for name in differing) for values in settings
+        ]
         for number, (run, tag) in enumerate(zip(same, tags, strict=True)):
             if tags.count(tag) > 1:
-                # Two runs that were asked for the same: only where they lie tells them apart.
+                # Two runs with the same settings differ only in their folder.
                 tag = ", ".join(filter(None, [tag, str(run.folder)]))
             label = f"{method} [{tag}]" if len(same) > 1 else method
             labels[label if label not in labels else f"{label} ({number + 1})"] = run
@@ -63,7 +67,7 @@ def _labels(runs: list[Run]) -> dict[str, Run]:
 
 
 def dense_partners(section: Section, label: str) -> dict[Key, Sample]:
-    """Dense's samples by key; of several dense runs the one beside this run goes first."""
+    """Dense's samples by key; of several dense runs, the one beside this run takes precedence."""
     beside = section.runs[label].folder.parent
     dense = [section.runs[name] for name in section.dense]
     dense.sort(key=lambda run: run.folder.parent == beside)  # later ones win

@@ -20,14 +20,13 @@ NOT_MEASURABLE = "not measurable with this model"
 HOW_TO_READ = (
     "Scores are means over samples. In brackets: the difference to dense, mean over the samples "
     "that both runs have (paired by task, length, document and prompt), with its 95 % bootstrap "
-    "interval; an interval without 0 is a difference, given ten "
-    "pairs or more.",
+    "interval. A difference counts if its interval excludes 0 and "
+    "there are at least ten pairs.",
     f"“{NOT_MEASURABLE}”: dense itself is near chance, so a method has nothing to lose. The "
     "rule: the lower end of dense's 95 % interval (Clopper-Pearson where every sample is right or "
     f"wrong, bootstrap otherwise) is not more than {MARGIN} above the score's chance level (rank: "
     "1/8, matches: 0).",
-    "Averages are means of task means, over the tasks that can be measured; “2/13” says how many "
-    "of all.",
+    "Averages are means of task means, over the tasks that can be measured; “2/13”: 2 of 13 tasks.",
     "nll and kl: nats per token; kl is KL(dense || method); perplexity is exp(mean nll). "
     "answer_nll: nats per token of the right answer.",
     "Density: kept / causal blocks, mean over samples; attention calls that ran exact count as 1 "
@@ -52,12 +51,12 @@ def markdown(rows: Sequence[Comparison]) -> str:
     """The main table: a heading per model setting, a table per benchmark, then how to read it."""
     parts = []
     for section in _unique(row.section for row in rows):
-        own = [row for row in rows if row.section is section]
+        section_rows = [row for row in rows if row.section is section]
         heading = f"## {_plain(section.model)} ({_plain(section.settings)})"
         parts += [heading, *section_notes(section)]
-        for benchmark in dict.fromkeys(row.benchmark for row in own):
-            mine = [row for row in own if row.benchmark == benchmark]
-            parts += [f"### {_plain(benchmark)}", "\n".join(_table(mine))]
+        for benchmark in dict.fromkeys(row.benchmark for row in section_rows):
+            benchmark_rows = [row for row in section_rows if row.benchmark == benchmark]
+            parts += [f"### {_plain(benchmark)}", "\n".join(_table(benchmark_rows))]
     parts += ["\n".join(f"- {line}" for line in HOW_TO_READ)]
     return "\n\n".join(parts) + "\n"
 
@@ -96,7 +95,7 @@ def _cells(row: Comparison, others: Iterable[str]) -> list[str]:
 
 
 def score_text(score: Score) -> str:
-    """`0.850 (-0.050 [-0.150, 0.050])`, or the mean of what cannot be measured, and that."""
+    """`0.850 (-0.050 [-0.150, 0.050])`, or the mean and that it cannot be measured."""
     mean = number(score.mean)
     if score.tasks is not None and score.tasks[0] < score.tasks[1] and score.measurable:
         mean += f", {score.tasks[0]}/{score.tasks[1]} tasks"
@@ -105,8 +104,8 @@ def score_text(score: Score) -> str:
     return mean if score.difference is None else f"{mean} ({difference_text(score.difference)})"
 
 
-def difference_text(found: Estimate) -> str:
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+def difference_text(gap: Estimate) -> str:
+    return f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 def number(value: float | None, form: str = ".3f") -> str:
@@ -150,11 +149,11 @@ def _summary_lines(row: Comparison) -> Iterable[dict[str, Any]]:
         }
 
 
-def write_samples(path: Path, found: Iterable[Section]) -> None:
+def write_samples(path: Path, sections: Iterable[Section]) -> None:
     """A line per sample and score of every run."""
     lines = (
         {**_sample_line(section, label, sample), "score": name, "value": value}
-        for section in found
+        for section in sections
         for label, run in section.runs.items()
         for sample in run.samples
         for name, value in sample.scores.items()
@@ -190,12 +189,12 @@ def _write(path: Path, names: Sequence[str], lines: Iterable[dict[str, Any]]) ->
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown and the HTML in it take as it is, on one line."""
+    """Text on one line, escaped for Markdown and the HTML in it."""
     safe = visible(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
     for mark in "\\|`*":
         safe = safe.replace(mark, f"\\{mark}")
     return safe.replace("](", "]\\(")
 
 
-def _unique(found: Iterable[Section]) -> list[Section]:
-    return list({id(section): section for section in found}.values())
+def _unique(sections: Iterable[Section]) -> list[Section]:
+    return list({id(section): section for section in sections}.values())

@@ -1,1 +1,1 @@
-"""Many samples, several methods: what is asked, kept on disk, and read again."""
+"""Evaluations of several methods on many samples: asking, storing and reading them."""

@@ -1,8 +1,8 @@
 """Several methods against the same dense baseline, sample by sample.
 
-The loop goes over samples first and methods second: every method sees the same prompt within
-moments, in turning order, so that times pair as answers do. Dense is the model as it is, without a
-patch. What was answered is on disk at once; scoring comes last, and again whenever it is asked for.
+The outer loop is over samples, the inner one over methods: every method gets the same prompt within
+moments, in rotating order, so times are paired as answers are. Dense is the unpatched model.
+Answers are written at once; scoring comes last, and is repeated on every call.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sparse_patch_eval.runs.folder import RunFolder, run_config
 from sparse_patch_eval.runs.format import DENSE
 from sparse_patch_eval.runs.unit import How, Question, Unit
 
-# Prompt tokens of the forward, one a method, that comes before anything is timed.
+# Prompt tokens of the warm-up forward of each method, before anything is timed.
 _WARM_UP = 1024
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is evaluated.
+    """An evaluation to run.
 
     Attributes:
         model: as `--model` takes it.
@@ -35,8 +35,8 @@ class Setup:
         model_settings: all else about the model that can change a number: dtype, device, ...
         seed: chooses the samples of generated tasks.
         chat_template: whether prompts go through the tokenizer's chat template.
-        recall_samples: on the first so many samples of a unit recall is measured, which takes
-            another prefill each.
+        recall_samples: number of first samples of a unit on which recall is measured, by another
+            prefill each.
     """
 
     model: str
@@ -60,10 +60,10 @@ class Setup:
 def evaluate(
     setup: Setup, output: Path, lm: Any, build_units: Callable[[Any], Sequence[Unit]]
 ) -> list[Path]:
-    """Ask what is not answered yet, and score everything.
+    """Ask the questions without an answer, and score everything.
 
     Args:
-        output: runs lie there side by side.
+        output: folder of the runs.
         lm: the model, a `SparsePatchLM` without a method.
         build_units: makes the units, given `lm`.
 
@@ -71,7 +71,7 @@ def evaluate(
         The folders of the runs, dense first.
 
     Raises:
-        ValueError: a method, a task or a length does not fit; before anything is prefilled.
+        ValueError: a method, task or length does not fit; raised before any prefill.
     """
     methods = setup.parsed()
     runs = {
@@ -84,7 +84,7 @@ def evaluate(
                 **setup.model_settings,
                 seed=setup.seed,
                 chat_template=setup.chat_template,
-                # Dense has no patch, so it is one run, whatever the options of the others.
+                # Dense has no patch, so its run does not depend on the patch options.
                 patch=setup.patch_options if method is not None else {},
             ),
             process=lm.rank,
@@ -96,7 +96,7 @@ def evaluate(
     if todo:
         _ask(setup, methods, runs, lm, todo)
     elif lm.is_writer:
-        note("every sample is answered already")
+        note("all samples are already answered")
     for run in runs.values():
         everyone = lm.share(list(run.answered.values()))
         if everyone is not None:
@@ -107,7 +107,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Todo:
-    """One question and the methods that it was not given to yet."""
+    """One question and the methods that have not answered it."""
 
     number: int
     unit: Unit
@@ -118,18 +118,18 @@ class _Todo:
 def _todo(
     units: Sequence[Unit], runs: dict[str, RunFolder], process: int, processes: int
 ) -> list[_Todo]:
-    """This process's part of what is not answered."""
-    found = []
+    """This process's share of the unanswered questions."""
+    todo = []
     for unit in units:
         for number, question in enumerate(unit.questions()):
             if number % processes != process:
                 continue
             specs = [spec for spec, run in runs.items() if run.find(unit, question) is None]
             if specs:
-                # The method that comes first changes, so that none is always behind another.
+                # The order rotates, so that no method always runs after another.
                 turn = number % len(specs)
-                found.append(_Todo(number, unit, question, specs[turn:] + specs[:turn]))
-    return found
+                todo.append(_Todo(number, unit, question, specs[turn:] + specs[:turn]))
+    return todo
 
 
 def _ask(
@@ -140,7 +140,7 @@ def _ask(
     todo: list[_Todo],
 ) -> None:
     with progress(disable=not lm.is_writer) as bar:
-        task = bar.add_task("warming up", total=sum(len(one.specs) for one in todo))
+        task = bar.add_task("warming up", total=sum(len(item.specs) for item in todo))
         for method in methods.values():
             answer(
                 lm.model,
@@ -149,11 +149,13 @@ def _ask(
                 method=method,
                 patch_options=setup.patch_options,
             )
-        for one in todo:
-            place = f"{one.unit.task} {one.unit.length or ''}".strip()
-            for spec in one.specs:
-                bar.update(task, description=f"{place} #{one.number} {spec}")
-                how = How(methods[spec], setup.patch_options, one.number < setup.recall_samples)
-                row = one.unit.ask(one.question, how)
-                runs[spec].add(one.unit, one.question, row, write=lm.is_writer or lm.world_size > 1)
+        for item in todo:
+            place = f"{item.unit.task} {item.unit.length or ''}".strip()
+            for spec in item.specs:
+                bar.update(task, description=f"{place} #{item.number} {spec}")
+                how = How(methods[spec], setup.patch_options, item.number < setup.recall_samples)
+                row = item.unit.ask(item.question, how)
+                runs[spec].add(
+                    item.unit, item.question, row, write=lm.is_writer or lm.world_size > 1
+                )
                 bar.advance(task)

@@ -1,7 +1,7 @@
 """Write a run: one model setting and one method, in a folder named after them (see `format`).
 
-A folder is found again by its run.json, so a run that was stopped goes on, one that is finished is
-left alone, and one with another setting gets a folder of its own.
+A folder is found again by its settings, so a stopped run resumes, a finished run is left alone, and
+a run with other settings gets a folder of its own.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from sparse_patch_eval.runs.unit import Question, Unit, hash_of
 
 
 def run_config(model: str, spec: str, method: Method | None, **settings: Any) -> dict[str, Any]:
-    """What run.json says.
+    """The content of run.json.
 
     Args:
         model: as the user wrote it.
         spec: the method as the user wrote it.
-        method: what it means; None for the unpatched model.
+        method: the parsed method; None for the unpatched model.
         settings: all else that can change a number.
     """
     params = asdict(method) if is_dataclass(method) else {}
     name = spec.partition(":")[0]
-    about = {"format": FORMAT, "model": model, "method": spec, "name": name, "params": params}
-    plain: dict[str, Any] = json.loads(json.dumps({**about, **settings}, default=str))
+    config = {"format": FORMAT, "model": model, "method": spec, "name": name, "params": params}
+    plain: dict[str, Any] = json.loads(json.dumps({**config, **settings}, default=str))
     return plain
 
 
@@ -51,8 +51,8 @@ class RunFolder:
     """One run.
 
     Args:
-        output: where runs that are compared lie side by side.
-        config: of `run_config`.
+        output: parent folder of the runs to compare.
+        config: from `run_config`.
         process: number of this process among those that share the work.
 
     Raises:
@@ -61,7 +61,7 @@ class RunFolder:
 
     def __init__(self, output: Path, config: Mapping[str, Any], process: int = 0) -> None:
         self.config = dict(config)
-        # Spelling is not identity: gamma=.9 and gamma=0.90 are one run.
+        # Spelling does not matter: gamma=.9 and gamma=0.90 are one run.
         identity = {key: value for key, value in config.items() if key != "method"}
         of_method = ("name", "params", "patch")
         settings = {key: identity[key] for key in identity if key not in of_method}
@@ -80,24 +80,25 @@ class RunFolder:
         if not path.exists():
             _write(path, self.config)
             return
-        found = read_object(path)
+        stored = read_object(path)
         different = [
             key
-            for key in {*found, *self.config} - {"method"}
-            if found.get(key) != self.config.get(key)
+            for key in {*stored, *self.config} - {"method"}
+            if stored.get(key) != self.config.get(key)
         ]
         if different:
             raise ValueError(
-                f"{path} is of another run ({', '.join(different)} differ): take another --output"
+                f"{path} belongs to another run ({', '.join(different)} differ): "
+                "use another --output"
             )
 
     def find(self, unit: Unit, question: Question) -> Row | None:
-        """What was said to a sample, if it was asked."""
+        """The answer to a sample, if there is one."""
         of = {"task": unit.task, "length": unit.length, **vars(question)}
         return self.answered.get(key_of(of))
 
     def add(self, unit: Unit, question: Question, row: Row, *, write: bool = True) -> None:
-        """Keep what was said to a sample, on disk before anything else happens."""
+        """Store the answer to a sample, on disk at once."""
         whole = {
             "benchmark": unit.benchmark,
             "task": unit.task,
@@ -113,12 +114,12 @@ class RunFolder:
         self.take([whole])
 
     def take(self, rows: Iterable[Row]) -> None:
-        """Take rows in that were answered elsewhere; the last one of a sample counts."""
+        """Add rows that were answered elsewhere; the last row of a sample counts."""
         for row in rows:
             self.answered[key_of(row)] = row
 
     def write_scored(self, units: Iterable[Unit]) -> None:
-        """Score all that was answered of these units into samples.jsonl and results.json.
+        """Score all answers of these units into samples.jsonl and results.json.
 
         Samples and results of other units, from earlier calls, stay.
         """
@@ -157,20 +158,20 @@ def summary(samples: Iterable[Row]) -> list[Row]:
     groups: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in samples:
         groups.setdefault((row["benchmark"], row["task"], row["length"]), []).append(row)
-    found = []
+    means = []
     for (benchmark, task, length), rows in groups.items():
         names = dict.fromkeys(name for row in rows for name in row["scores"])
-        about: Row = {"benchmark": benchmark, "task": task, "length": length, "n": len(rows)}
-        about["scores"] = {name: _mean([row["scores"].get(name) for row in rows]) for name in names}
-        about["density"] = _mean([density_of(row) for row in rows])
+        entry: Row = {"benchmark": benchmark, "task": task, "length": length, "n": len(rows)}
+        entry["scores"] = {name: _mean([row["scores"].get(name) for row in rows]) for name in names}
+        entry["density"] = _mean([density_of(row) for row in rows])
         for name in ("recall", "prefill_seconds"):
-            about[name] = _mean([row[name] for row in rows])
+            entry[name] = _mean([row[name] for row in rows])
         exact: Counter[str] = Counter()
         for row in rows:
             exact.update(row["exact"])
-        about["exact"] = dict(exact.most_common())
-        found.append(about)
-    return found
+        entry["exact"] = dict(exact.most_common())
+        means.append(entry)
+    return means
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -179,28 +180,28 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _place(row: Row) -> tuple[str, int | None, int]:
-    """A sample's place: one whose prompt changed takes that of the old one."""
+    """A sample's place; a sample with a changed prompt replaces the old one."""
     return row["task"], row["length"], row["doc_id"]
 
 
 def _check_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Raise a ValueError, naming the file, where a row does not say which sample it is of."""
+    """Raise a ValueError, naming the file, if a row does not identify its sample."""
     for row in rows:
         missing = [name for name in KEY_FIELDS if name not in row]
         strange = [name for name in KEY_FIELDS if isinstance(row.get(name), list | dict)]
         if missing or strange:
             raise ValueError(
-                f"{path}: a row lacks a good {', '.join(missing + strange)}; move the file away to "
-                "do its samples again"
+                f"{path}: a row has no valid {', '.join(missing + strange)}; move the file away to "
+                "run its samples again"
             )
 
 
 def _drop_stale(samples: dict[tuple[str, int | None, int], Row], current: Iterable[Row]) -> None:
-    """Where one prompt of a task changed, all its samples were made in another way: none stays."""
+    """Drop all samples of a task of which one prompt changed: they were made in another way."""
     for row in current:
-        there = samples.get(_place(row))
-        if there is not None and there["prompt_hash"] != row["prompt_hash"]:
-            for place in [one for one in samples if one[:2] == _place(row)[:2]]:
+        old = samples.get(_place(row))
+        if old is not None and old["prompt_hash"] != row["prompt_hash"]:
+            for place in [key for key in samples if key[:2] == _place(row)[:2]]:
                 del samples[place]
             return
 
@@ -210,19 +211,19 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a kill, or another process that reads, sees no half of it."""
+    """Write a file in one step, so that neither a kill nor a reader leaves or sees half of it."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 
 def _named(parent: Path, name: str, content: Mapping[str, Any]) -> Path:
-    """The folder of some content: the one that is there, under whatever name, or a new one."""
+    """The folder of this content: the existing one, whatever its name, or a new one."""
     mark = hash_of(content)[:8]
-    there = sorted(parent.glob(f"*-{mark}"))
-    return there[0] if there else parent / f"{_slug(name)}-{mark}"
+    existing = sorted(parent.glob(f"*-{mark}"))
+    return existing[0] if existing else parent / f"{_slug(name)}-{mark}"
 
 
 def _slug(text: str) -> str:
-    """A name that every file system takes."""
+    """A name that is valid on every file system."""
     return re.sub(r"[^A-Za-z0-9.=_-]+", "_", text).strip("._")[-80:] or "run"

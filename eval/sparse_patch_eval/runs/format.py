@@ -1,12 +1,12 @@
-"""What a run on disk is, declared once: `folder` writes it, `reading` reads it.
+"""The format of a run on disk, declared once: `folder` writes it, `reading` reads it.
 
     run.json          a `Setting`, and all else that can change a number
-    responses.N.jsonl what the model said, a line a sample, written at once by process N
-    samples.jsonl     a `Sample` a line: the same, scored
+    responses.N.jsonl answers of the model, one sample per line, written at once by process N
+    samples.jsonl     the same, scored: a `Sample` per line
     results.json      means by task and length, and lm-eval's own results
 
-All are JSON, and read as JSON only. What a file may hold is what the fields here say: a field with
-a default may be missing, as runs of earlier versions lack it.
+All are JSON, and read as JSON only. The fields here define what a file may hold; a field with a
+default may be missing, as in runs of earlier versions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KEY_FIELDS = ("task", "length", "doc_id", "prompt_hash")
 
 @dataclass(frozen=True)
 class Setting:
-    """What run.json says, as far as a report needs it.
+    """The part of run.json that a report needs.
 
     Attributes:
         method: as the user wrote it; "dense" is the unpatched model.
@@ -53,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Within:
-    """What a number may be."""
+    """The range of a number."""
 
     low: float
     high: float = math.inf
@@ -64,19 +64,19 @@ class Sample:
     """One prompt, answered after a prefill with the run's method.
 
     Attributes:
-        benchmark, task: what it belongs to.
-        length: tokens asked for; None where the task has no lengths.
+        benchmark, task: that the sample belongs to.
+        length: requested tokens; None where the task has no lengths.
         doc_id: of the document in its task.
         prompt_hash: of the prompt as the model got it.
-        tokens: of the prompt.
-        depth: of the needle, 0 (start) to 1 (end); None where there is none.
+        tokens: length of the prompt.
+        depth: of the needle, 0 (start) to 1 (end); None without a needle.
         scores: by name, the primary one first.
-        answer, target: what the model wrote and what it should have; None where nothing is written.
+        answer, target: text of the model and the right text; None where nothing is generated.
         density: kept / causal blocks, mean over the sparse calls; None if no call ran sparse.
         recall: attention mass kept; None if it was not measured.
         exact: attention calls of the prefill that ran exact, by reason.
-        prefill_seconds: of the prefill; None if it was not timed.
-        truncated: prompt tokens cut off.
+        prefill_seconds: None if the prefill was not timed.
+        truncated: number of prompt tokens cut off.
         machine: device, versions and commit.
         sparse_calls: attention calls of the prefill that ran sparse; None if the run does not say.
     """
@@ -92,7 +92,7 @@ class Sample:
     answer: str | None
     target: str | None
     density: Annotated[float | None, Within(0, 1 + 1e-6)]
-    # Sums of rounded masses; NaN too, where a model or a method broke.
+    # Sums of rounded masses; NaN where a model or a method broke.
     recall: Annotated[float | None, Within(0, 1 + 1e-2)]
     exact: Mapping[str, int]
     prefill_seconds: Annotated[float | None, Within(0)]
@@ -102,7 +102,7 @@ class Sample:
 
     @property
     def key(self) -> Key:
-        """What samples of several runs are paired by."""
+        """The key by which samples of several runs are paired."""
         return key_of(vars(self))
 
     @property
@@ -117,7 +117,7 @@ class Sample:
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
-    """The sample that a row is of."""
+    """The key of a row's sample."""
     return row["task"], row["length"], str(row["doc_id"]), row["prompt_hash"]
 
 
@@ -134,7 +134,7 @@ def setting_of(about: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a `Setting`, checked.
 
     Raises:
-        ValueError: another format, or a field that is missing or wrong; says `where`.
+        ValueError: the format is another one, or a field is missing or wrong; names `where`.
     """
     if about.get("format") != FORMAT:
         raise ValueError(f"{where}: format {about.get('format')!r}, this version reads {FORMAT}")
@@ -145,7 +145,7 @@ def sample_of(row: Mapping[str, Any], where: str) -> Sample:
     """A line of samples.jsonl, checked; scores that are null are left out.
 
     Raises:
-        ValueError: a field is missing or wrong; says `where`.
+        ValueError: a field is missing or wrong; names `where`.
     """
     values = _checked(Sample, row, where)
     for name, value in row["scores"].items():
@@ -160,31 +160,31 @@ def sample_of(row: Mapping[str, Any], where: str) -> Sample:
 
 
 def read_object(path: Path, *parts: str) -> dict[str, Any]:
-    """The JSON object of a file, with objects under these names.
+    """The JSON object in a file, which must hold objects under these names.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: the content is another one; names the file.
     """
     try:
-        found = read_json(path, nan=True)
+        content = read_json(path, nan=True)
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(found.get(p), dict) for p in parts):
+    if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):
         raise ValueError(f"{path}: must be a JSON object{''.join(f', with {p}' for p in parts)}")
-    return found
+    return content
 
 
 def _checked(kind: type, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of a dataclass's fields that an entry has."""
     known = fields(kind)
-    missing = [one.name for one in known if one.default is MISSING and one.name not in entry]
+    missing = [item.name for item in known if item.default is MISSING and item.name not in entry]
     if missing:
         raise ValueError(f"{where}: lacks {', '.join(missing)}")
     hints = _hints(kind)
-    values = {one.name: entry[one.name] for one in known if one.name in entry}
+    values = {item.name: entry[item.name] for item in known if item.name in entry}
     for name, value in values.items():
         kinds = _kinds(hints[name])
-        # bool is an int to Python, not to us.
+        # In Python bool is an int; not here.
         wrong = isinstance(value, bool) and bool not in kinds
         if wrong or not isinstance(value, kinds) or _is_huge(value):
             allowed = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
@@ -205,7 +205,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 @functools.cache
 def _kinds(hint: Any) -> tuple[type, ...]:
-    """What JSON makes of a field's type."""
+    """The Python types of a field's JSON values."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is Mapping:
@@ -216,5 +216,5 @@ def _kinds(hint: Any) -> tuple[type, ...]:
 
 
 def _is_huge(value: Any) -> bool:
-    """A whole number that is none of a computer's."""
+    """Is it a whole number beyond 64 bits?"""
     return isinstance(value, int) and abs(value) > 2**63

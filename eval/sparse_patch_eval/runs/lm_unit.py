@@ -1,8 +1,8 @@
-"""A task of lm-eval as a unit: lm-eval builds the prompts and does the scoring, we ask.
+"""A task of lm-eval as a unit: lm-eval builds the prompts and does the scoring, we ask the model.
 
-Everything that is asked about one context comes from one prefill of it. Scoring replays what was
-logged through lm-eval's own evaluator, so that metrics, filters and aggregation are the official
-ones, and a run that was killed is scored as if it had never stopped.
+All requests about one context are answered from one prefill of it. Scoring replays the logged
+answers through lm-eval's own evaluator, so metrics, filters and aggregation are the official ones,
+and a killed run is scored as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class LmUnit:
     """One task of lm-eval, at one length where it has lengths.
 
     Args:
-        benchmark: what it belongs to.
+        benchmark: that the task belongs to.
         task: as lm-eval's TaskManager loads it.
-        length: prompt length it was built for, tokens.
+        length: prompt length that it was built for, tokens.
         lm: the model, a `SparsePatchLM`.
         chat_template: whether prompts go through the tokenizer's chat template.
-        limit: only the first so many documents; None for all.
+        limit: number of first documents to ask; None: all.
         truncate: shortens a prompt to `room` tokens if it does not fit the model.
     """
 
@@ -64,10 +64,10 @@ class LmUnit:
         self._questions: list[Question] = []
 
     def questions(self) -> Sequence[Question]:
-        """One a document.
+        """One per document.
 
         Raises:
-            ValueError: the task asks for something that one prefill cannot answer.
+            ValueError: the task has requests that one prefill cannot answer.
         """
         if not self._questions:
             with _without_bars():
@@ -83,34 +83,35 @@ class LmUnit:
             self._questions = [self._question(*item) for item in sorted(by_doc.items())]
         return self._questions
 
-    def _question(self, doc_id: int, asked: list[Instance]) -> Question:
-        asked = sorted(asked, key=lambda one: one.idx)
-        for one in asked:
-            self._generation(one)  # what cannot be done is said before anything runs
-        depth = asked[0].doc.get("depth") if isinstance(asked[0].doc, Mapping) else None
-        return Question(doc_id, hash_of([request_key(one) for one in asked]), asked, depth)
+    def _question(self, doc_id: int, requests: list[Instance]) -> Question:
+        requests = sorted(requests, key=lambda request: request.idx)
+        for request in requests:
+            self._generation(request)  # refuses unsupported requests before anything runs
+        doc = requests[0].doc
+        depth = doc.get("depth") if isinstance(doc, Mapping) else None
+        return Question(doc_id, hash_of([request_key(r) for r in requests]), requests, depth)
 
     def ask(self, question: Question, how: How) -> Row:
-        """Prefill each context of the question once, and answer all that is asked about it."""
-        asked: list[Instance] = question.content
-        said: dict[int, Any] = {}
-        found = []
+        """Prefill each context of the question once, and answer all requests about it."""
+        requests: list[Instance] = question.content
+        replies: dict[int, Any] = {}
+        answers = []
         cut = 0
-        for context, wanted in self._by_context(asked).items():
-            generations = {n: one for n, one in wanted.items() if isinstance(one, Generation)}
-            continuations = {n: one for n, one in wanted.items() if isinstance(one, list)}
-            longest = [one.max_tokens for one in generations.values()]
+        for context, goals in self._by_context(requests).items():
+            generations = {n: goal for n, goal in goals.items() if isinstance(goal, Generation)}
+            continuations = {n: goal for n, goal in goals.items() if isinstance(goal, list)}
+            longest = [goal.max_tokens for goal in generations.values()]
             room = self._lm.max_length - max([*longest, *map(len, continuations.values())])
             if room < 1:
                 raise ValueError(
-                    f"task {self.task!r} wants more tokens than the {self._lm.max_length} that the "
+                    f"task {self.task!r} needs more tokens than the {self._lm.max_length} that the "
                     "model takes, prompt included"
                 )
             ids = list(context)
             if len(ids) > room:
                 cut += len(ids) - room
                 ids = self._truncate(ids, room)
-            one = answer(
+            result = answer(
                 self._lm.model,
                 self._lm.tokenizer,
                 ids,
@@ -120,48 +121,48 @@ class LmUnit:
                 continuations=tuple(continuations.values()),
                 recall_rows=RECALL_ROWS if how.measure_recall else 0,
             )
-            said |= zip(generations, one.texts, strict=True)
-            said |= zip(continuations, map(list, one.scores), strict=True)
-            found.append(one)
-        responses = [said[n] for n in range(len(asked))]
-        return {"responses": responses, **measured(found, how, cut)}
+            replies |= zip(generations, result.texts, strict=True)
+            replies |= zip(continuations, map(list, result.scores), strict=True)
+            answers.append(result)
+        responses = [replies[n] for n in range(len(requests))]
+        return {"responses": responses, **measured(answers, how, cut)}
 
     def _by_context(
-        self, asked: list[Instance]
+        self, requests: list[Instance]
     ) -> dict[tuple[int, ...], dict[int, Generation | list[int]]]:
-        """What is wanted, by the tokens of its context and the number of the request."""
-        found: dict[tuple[int, ...], dict[int, Generation | list[int]]] = {}
-        for n, one in enumerate(asked):
-            wanted: Generation | list[int] | None = self._generation(one)
-            if wanted is not None:
-                context = self._lm.encode_context(one.args[0])
+        """What to generate or to score, by the tokens of the context and the request's number."""
+        goals: dict[tuple[int, ...], dict[int, Generation | list[int]]] = {}
+        for n, request in enumerate(requests):
+            goal: Generation | list[int] | None = self._generation(request)
+            if goal is not None:
+                context = self._lm.encode_context(request.args[0])
             else:
-                context, wanted = self._lm.encode_pair(*one.args)
-            found.setdefault(tuple(context), {})[n] = wanted
-        return found
+                context, goal = self._lm.encode_pair(*request.args)
+            goals.setdefault(tuple(context), {})[n] = goal
+        return goals
 
-    def _generation(self, one: Instance) -> Generation | None:
-        """What a request wants generated; None for a likelihood."""
-        if one.request_type == "loglikelihood":
+    def _generation(self, request: Instance) -> Generation | None:
+        """The generation that a request asks for; None if it asks for a likelihood."""
+        if request.request_type == "loglikelihood":
             return None
-        if one.request_type != "generate_until":
+        if request.request_type != "generate_until":
             raise ValueError(
-                f"task {self.task!r} asks for {one.request_type}, which is not measured here: for "
-                "perplexity use --tasks perplexity, for other tasks lm-eval's own command line "
+                f"task {self.task!r} asks for {request.request_type}, which is not supported here: "
+                "for perplexity use --tasks perplexity, for other tasks lm-eval's own command line "
                 "with --model sparse_patch"
             )
-        wanted = normalize_gen_kwargs(one.args[1], self._lm.max_gen_toks)
-        if wanted.get("do_sample") or wanted.get("num_beams", 1) != 1:
-            raise ValueError(f"task {self.task!r} does not decode greedily: {one.args[1]}")
-        return Generation(wanted["max_gen_toks"], tuple(filter(None, wanted["until"])))
+        settings = normalize_gen_kwargs(request.args[1], self._lm.max_gen_toks)
+        if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
+            raise ValueError(f"task {self.task!r} does not decode greedily: {request.args[1]}")
+        return Generation(settings["max_gen_toks"], tuple(filter(None, settings["until"])))
 
     def score(self, answered: Mapping[int, Row]) -> Scored:
-        """Let lm-eval judge what was said."""
-        asked = {question.doc_id: question.content for question in self.questions()}
+        """Let lm-eval score the answers."""
+        requests = {question.doc_id: question.content for question in self.questions()}
         replies = {
-            request_key(one): reply
+            request_key(request): reply
             for doc_id, row in answered.items()
-            for one, reply in zip(asked[doc_id], row["responses"], strict=True)
+            for request, reply in zip(requests[doc_id], row["responses"], strict=True)
         }
         with _without_bars():
             result = lm_eval.evaluate(
@@ -173,38 +174,38 @@ class LmUnit:
             )
         samples = result.pop("samples")[self.task]
         by_doc: dict[int, list[Row]] = defaultdict(list)
-        for one in samples:
-            by_doc[one["doc_id"]].append(one)
+        for sample in samples:
+            by_doc[sample["doc_id"]].append(sample)
         better = result["higher_is_better"][self.task]
         return Scored(
-            rows={doc_id: _scored(found) for doc_id, found in by_doc.items()},
+            rows={doc_id: _scored(filtered) for doc_id, filtered in by_doc.items()},
             higher_is_better={name: value is not False for name, value in better.items()},
             official=_plain(result),
         )
 
 
-def request_key(one: Instance) -> str:
-    """Names a request by everything that is asked."""
-    return hash_of([one.request_type, *one.args])
+def request_key(request: Instance) -> str:
+    """A key of a request, from its type and arguments."""
+    return hash_of([request.request_type, *request.args])
 
 
 def _without_bars() -> contextlib.AbstractContextManager[Any]:
-    """lm-eval draws a bar a task; logging keeps its own hold of the terminal."""
+    """Hide lm-eval's progress bars; logging still reaches the terminal."""
     return contextlib.redirect_stderr(io.StringIO())
 
 
 class _Replay(LM):  # type: ignore[misc]  # lm_eval has no types
-    """Says again what was said."""
+    """Replays the logged answers."""
 
     def __init__(self, replies: Mapping[str, Any], lm: Any) -> None:
         super().__init__()
         self._replies, self._lm = replies, lm
 
     def generate_until(self, requests: Iterable[Instance]) -> list[str]:
-        return [self._replies[request_key(one)] for one in requests]
+        return [self._replies[request_key(request)] for request in requests]
 
     def loglikelihood(self, requests: Iterable[Instance]) -> list[tuple[float, bool]]:
-        return [tuple(self._replies[request_key(one)]) for one in requests]
+        return [tuple(self._replies[request_key(request)]) for request in requests]
 
     def loglikelihood_rolling(self, requests: Iterable[Instance]) -> list[float]:
         raise NotImplementedError("refused when the questions were built")
@@ -217,17 +218,17 @@ class _Replay(LM):  # type: ignore[misc]  # lm_eval has no types
         return str(self._lm.tokenizer_name)
 
 
-def _scored(found: list[Row]) -> Row:
-    """A document's scores, from lm-eval's sample: one a filter, the first filter unnamed."""
+def _scored(samples: list[Row]) -> Row:
+    """A document's scores, from lm-eval's samples, one per filter; the first filter is unnamed."""
     scores: dict[str, float] = {}
-    for number, sample in enumerate(found):
+    for number, sample in enumerate(samples):
         for name in sample["metrics"]:
             value = sample[name]
             label = name if not number else f"{name},{sample['filter']}"
             if isinstance(value, bool | int | float):
                 scores[label] = float(value)
-    written = [reply for reply in found[0]["filtered_resps"] if isinstance(reply, str)]
-    target = found[0]["target"]
+    written = [reply for reply in samples[0]["filtered_resps"] if isinstance(reply, str)]
+    target = samples[0]["target"]
     return {
         "scores": scores,
         "answer": written[0] if written else None,
@@ -236,6 +237,6 @@ def _scored(found: list[Row]) -> Row:
 
 
 def _plain(result: Mapping[str, Any]) -> dict[str, Any]:
-    """lm-eval's result as JSON: what is not JSON (functions in a config) by its name."""
+    """lm-eval's result as JSON; other values (functions in a config) become their text."""
     plain: dict[str, Any] = json.loads(json.dumps(result, default=str))
     return plain

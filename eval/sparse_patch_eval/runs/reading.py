@@ -1,7 +1,7 @@
 """Finished (or half-finished) runs of `sparse-patch eval`, read from their folders (see `format`).
 
-What a kill cut short is left out and said so in `Run.notes`; what is there but not as it should be
-is an error that names the file and the line.
+Lines cut short by a kill are left out and listed in `Run.notes`; other faults are errors that name
+the file and the line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparse_patch_eval.runs.format import (
     setting_of,
 )
 
-# Of scores that no results.json speaks of.
+# For scores that no results.json lists.
 _LOWER_IS_BETTER = frozenset({"answer_nll", "nll", "kl", "perplexity"})
 
 
@@ -33,11 +33,11 @@ class Run(Setting):
     """A run folder.
 
     Attributes:
-        folder: where it lies.
+        folder: its path.
         samples: in the order of the file; of two with the same key the later one.
-        higher_is_better: by score name; what results.json does not say is filled in.
-        finished: results.json is there.
-        notes: what was left out, and why.
+        higher_is_better: by score name; scores missing in results.json are filled in.
+        finished: does results.json exist?
+        notes: samples left out, and why.
     """
 
     folder: Path
@@ -59,23 +59,23 @@ class Run(Setting):
 def find_runs(paths: Iterable[Path | str]) -> list[Run]:
     """Read the runs in some folders: run folders themselves, or parents of any depth.
 
-    A folder that is named twice, or lies in two of the paths, is read once.
+    A folder that is named twice, or is in two of the paths, is read once.
 
     Raises:
-        FileNotFoundError: a path is not there, or holds no run.
-        ValueError: a file is not what a run has; says which, where, and what is wrong.
+        FileNotFoundError: a path does not exist, or holds no run.
+        ValueError: a file of a run is invalid; names file, line and fault.
     """
     folders: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.is_dir():
             raise FileNotFoundError(f"RUNS: {path} is not a folder")
-        found = sorted(file.parent.resolve() for file in path.rglob(RUN))
-        if not found:
+        inside = sorted(file.parent.resolve() for file in path.rglob(RUN))
+        if not inside:
             raise FileNotFoundError(
                 f"RUNS: there is no run.json in {path} or below; "
                 "name the folder that `sparse-patch eval --output` wrote to"
             )
-        folders.update(dict.fromkeys(found))
+        folders.update(dict.fromkeys(inside))
     return [read_run(folder) for folder in folders]
 
 
@@ -115,7 +115,7 @@ def _read_samples(path: Path) -> tuple[list[Sample], list[str]]:
         raise ValueError(f"{path}: no line of it is JSON; is this a samples.jsonl?")
     notes = [f"samples.jsonl, line {number}: cut short, left out" for number in cut]
     if doubles:
-        notes.append(f"{doubles} samples are there more than once; the last of each counts")
+        notes.append(f"{doubles} samples appear more than once; the last of each counts")
     strange = sum(value != value for s in by_key.values() for value in s.scores.values())
     if strange:
         notes.append(f"{strange} scores are NaN: the model or the method broke on these samples")
@@ -123,7 +123,9 @@ def _read_samples(path: Path) -> tuple[list[Sample], list[str]]:
 
 
 def _read_directions(path: Path) -> dict[str, bool]:
-    found = read_object(path).get("higher_is_better")
-    if not isinstance(found, dict) or not all(isinstance(v, bool) for v in found.values()):
+    directions = read_object(path).get("higher_is_better")
+    if not isinstance(directions, dict) or not all(
+        isinstance(v, bool) for v in directions.values()
+    ):
         raise ValueError(f"{path}: higher_is_better must map each score to true or false")
-    return dict(found)
+    return dict(directions)

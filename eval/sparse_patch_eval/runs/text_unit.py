@@ -1,9 +1,9 @@
 """Perplexity and KL to dense on long text, as a unit.
 
-The whole text is prefilled, and judged on its last tokens, which have the most context: mean
-negative log-likelihood of the next token (perplexity is exp of its mean over samples), and
-KL(dense || method) of the next-token distributions, which sees changes that perplexity averages
-away. Samples are disjoint windows of real text, never repeated.
+The whole text is prefilled, and scored on its last tokens, which have the most context: mean
+negative log-likelihood of the next token (perplexity is exp of its mean over samples), and KL(dense
+|| method) of the next-token distributions, which shows changes that perplexity averages out.
+Samples are disjoint windows of real text, never repeated.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from sparse_patch_eval.inputs.parts import no_room, parts
 from sparse_patch_eval.inputs.text import bos, long_text, window
 from sparse_patch_eval.runs.unit import RECALL_ROWS, How, Question, Scored, hash_of, measured
 
-# Last tokens that are judged.
+# Number of last tokens that are scored.
 SCORED = 512
 
 
-# A path in `--tasks` that is cut short at its comma is one that cannot be read.
+# A path in `--tasks` with an unescaped comma is cut there and cannot be read.
 _OPTION = "--tasks (a comma in a path is written `\\,`)"
 
 
 def text_parts(text: str, length: int, limit: int | None, seed: int) -> list[str]:
-    """What a `TextUnit` takes its questions from, one each; needs no model.
+    """The parts of a text, one per question of a `TextUnit`; needs no model.
 
     Raises:
         ValueError: see `TextUnit`, and `text.long_text`.
@@ -39,11 +39,11 @@ def text_parts(text: str, length: int, limit: int | None, seed: int) -> list[str
     if length < 2 * SCORED:
         raise ValueError(f"--lengths {length}: perplexity needs at least {2 * SCORED} tokens")
     whole = long_text(text, option=_OPTION)
-    found = parts(whole, length, seed)
-    if not found or len(found) < (limit or 0):
-        fewer = f"--limit {len(found)} or less"
-        raise no_room(f"--tasks: the text {text!r}", whole, length, len(found), fewer)
-    return found
+    pieces = parts(whole, length, seed)
+    if not pieces or len(pieces) < (limit or 0):
+        fewer = f"--limit {len(pieces)} or less"
+        raise no_room(f"--tasks: the text {text!r}", whole, length, len(pieces), fewer)
+    return pieces
 
 
 class TextUnit:
@@ -51,14 +51,14 @@ class TextUnit:
 
     Args:
         text: what `text.long_text` takes.
-        length: tokens of a window.
+        length: tokens per window.
         lm: the model, a `SparsePatchLM`.
-        limit: windows; None for as many as the text has room for.
+        limit: number of windows; None: as many as the text has room for.
         seed: chooses the windows.
 
     Raises:
-        ValueError: the text has no room for so many that share nothing, or `length` leaves
-            no context before the tokens that are judged.
+        ValueError: the text has no room for that many disjoint windows, or `length` leaves no
+            context before the scored tokens.
     """
 
     benchmark = "perplexity"
@@ -70,30 +70,30 @@ class TextUnit:
         self._dense: tuple[str, Answer] | None = None
 
     def questions(self) -> Sequence[Question]:
-        """One a window."""
-        found = []
+        """One per window."""
+        questions = []
         for number, text in enumerate(self._parts[: self._limit]):
             rng = random.Random(f"perplexity-{self._seed}-{number}")
             start = bos(self._lm.tokenizer)
             room = self.length - len(start)
             tokens = start + window(self._lm.tokenizer, text, room, rng)
-            found.append(Question(number, hash_of(tokens), tokens))
-        return found
+            questions.append(Question(number, hash_of(tokens), tokens))
+        return questions
 
     def ask(self, question: Question, how: How) -> Row:
         """Prefill the window and compare its last distributions with the text, and with dense."""
         if self._dense is None or self._dense[0] != question.prompt_hash:
             self._dense = (question.prompt_hash, self._prefill(question, How(None, {})))
         dense = self._dense[1]
-        found = dense if how.method is None else self._prefill(question, how)
-        predicted = found.tail[:-1]
+        result = dense if how.method is None else self._prefill(question, how)
+        predicted = result.tail[:-1]
         target = torch.tensor(question.content[-SCORED:], device=predicted.device)
         return {
             "scores": {
                 "nll": float(F.cross_entropy(predicted, target)),
                 "kl": float(kl_rows(dense.tail[:-1], predicted).mean()),
             },
-            **measured([found], how),
+            **measured([result], how),
         }
 
     def _prefill(self, question: Question, how: How) -> Answer:
@@ -108,7 +108,7 @@ class TextUnit:
         )
 
     def score(self, answered: Mapping[int, Row]) -> Scored:
-        """What was measured is the score."""
+        """The measured values are the scores."""
         rows = {
             doc_id: {"scores": row["scores"], "answer": None, "target": None}
             for doc_id, row in answered.items()

@@ -1,8 +1,8 @@
-"""What an evaluation is cut into: a unit is one task at one length, a question one prompt of it.
+"""The parts of an evaluation: a unit is one task at one length, a question one prompt of it.
 
-A unit knows its questions, asks a model one of them (once a method) and scores what was said.
+A unit lists its questions, asks a model one of them (once per method) and scores the answers.
 `lm_unit.LmUnit` is a task of lm-eval, ours or another's; `text_unit.TextUnit` measures perplexity.
-Answers are plain JSON, so that they can be logged at once and scored later.
+Answers are plain JSON, so they can be logged at once and scored later.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from sparse_patch import Method
 from sparse_patch_eval.ask.answer import Answer
 from sparse_patch_eval.base.rows import Row
 
-# Query rows a layer on which the recall of a sampled prompt is measured.
+# Query rows per layer on which recall is measured.
 RECALL_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt, and what is asked about it.
+    """One prompt, and the requests about it.
 
     Attributes:
         doc_id: its number in the task.
-        prompt_hash: of everything that is asked: what was said to another prompt never counts.
-        content: what the unit needs to ask.
-        depth: where the needle lies, 0 to 1, in tasks that have one.
+        prompt_hash: of prompt and requests, so that answers to another prompt never count.
+        content: the unit's own data for asking.
+        depth: position of the needle, 0 to 1, in tasks that have one.
     """
 
     doc_id: int
@@ -46,7 +46,7 @@ class How:
     Attributes:
         method: None for the model as it is.
         patch_options: for `sparse_patch.patch`.
-        measure_recall: whether recall is measured too, by a second prefill.
+        measure_recall: also measure recall, by a second prefill?
     """
 
     method: Method | None
@@ -61,7 +61,7 @@ class Scored:
     Attributes:
         rows: by doc_id: `scores` (the primary one first), `answer` and `target`.
         higher_is_better: by score.
-        official: lm-eval's own result for the whole; None where lm-eval has no part.
+        official: lm-eval's own result for the unit; None where lm-eval is not used.
     """
 
     rows: dict[int, Row]
@@ -74,46 +74,46 @@ class Unit(Protocol):
 
     @property
     def benchmark(self) -> str:
-        """What it belongs to."""
+        """The benchmark that the task belongs to."""
 
     @property
     def task(self) -> str:
-        """Its name."""
+        """The task's name."""
 
     @property
     def length(self) -> int | None:
         """Prompt length, tokens; None for a task without lengths."""
 
     def questions(self) -> Sequence[Question]:
-        """All of them; the first ones stay the same when more are asked for."""
+        """All questions; the first ones stay the same when there are more."""
 
     def ask(self, question: Question, how: How) -> Row:
-        """What the model says, and what `measured` tells of the prefill: JSON-ready."""
+        """The model's answer, and the fields of `measured`: JSON-ready."""
 
     def score(self, answered: Mapping[int, Row]) -> Scored:
-        """Judge what was said, by doc_id."""
+        """Score the answers, given by doc_id."""
 
 
-def measured(found: Sequence[Answer], how: How, truncated: int = 0) -> Row:
-    """What a row says of the prefill, or prefills, behind an answer.
+def measured(answers: Sequence[Answer], how: How, truncated: int = 0) -> Row:
+    """Density, recall and time of the prefills behind a row.
 
     Args:
-        truncated: tokens of the prompt that were left out because they did not fit.
+        truncated: prompt tokens that were left out because they did not fit.
     """
     exact: Counter[str] = Counter()
-    for one in found:
-        exact.update(one.exact)
-    sparse_calls = sum(one.sparse_calls for one in found)
-    kept = sum(one.sparse_calls * (one.density or 0.0) for one in found)
-    recalls = [one.recall for one in found if one.recall is not None]
+    for answer in answers:
+        exact.update(answer.exact)
+    sparse_calls = sum(answer.sparse_calls for answer in answers)
+    kept = sum(answer.sparse_calls * (answer.density or 0.0) for answer in answers)
+    recalls = [answer.recall for answer in answers if answer.recall is not None]
     row: Row = {
-        "tokens": sum(one.tokens for one in found),
+        "tokens": sum(answer.tokens for answer in answers),
         "truncated": truncated,
         "density": kept / sparse_calls if sparse_calls else None,
         "sparse_calls": sparse_calls,
         "recall": sum(recalls) / len(recalls) if recalls else None,
         "exact": dict(exact),
-        "prefill_seconds": sum(one.prefill_seconds for one in found),
+        "prefill_seconds": sum(answer.prefill_seconds for answer in answers),
     }
     if how.method is None:
         row |= {"density": 1.0, "sparse_calls": None}
@@ -121,6 +121,6 @@ def measured(found: Sequence[Answer], how: How, truncated: int = 0) -> Row:
 
 
 def hash_of(content: Any) -> str:
-    """A short name for something JSON-like."""
+    """A short hash of JSON-like content."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""What `--tasks` takes, and the units that it means.
+"""The tasks that `--tasks` takes, and their units.
 
-Three kinds: our own tasks, made offline (`tasks`); perplexity, which lm-eval cannot pair with dense
-(`text_unit`); and the benchmarks of the hub (`tasks.hub`). Any other task of lm-eval works by
-its name.
+There are three kinds: our own tasks, made offline (`tasks`); perplexity, which lm-eval cannot pair
+with dense (`text_unit`); and the benchmarks of the hub (`tasks.hub`). Any other task of lm-eval can
+be given by its name.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from sparse_patch_eval.tasks.hub.data import local_folder
 from sparse_patch_eval.tasks.hub.load import without_remote_code
 
 PERPLEXITY = "perplexity"
-# Of `perplexity`, without a name behind it. Documentation and source have long-range structure.
+# Texts of plain `perplexity`. Source code has long-range structure.
 PERPLEXITY_TEXTS = ("kjv", "stdlib")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be measured.
+    """The tasks to measure.
 
     Attributes:
         tasks: names, as `--tasks` takes them.
         lengths: of prompts, tokens, for tasks that have lengths.
-        limit: samples a task and length; None for all that there are (500 of generated tasks, as in
-            RULER; of a text, as many windows as it has).
+        limit: samples per task and length; None: all (500 of generated tasks, as in RULER; of a
+            text, all its windows).
         seed: chooses the samples of generated tasks.
-        model: as `--model` takes it: its tokenizer sizes the prompts.
+        model: as `--model` takes it; its tokenizer measures the prompts.
         task_args: more parameters for the generators.
         data_dir: folder with the data of hub benchmarks; None for the hub itself.
         chat_template: whether prompts go through the tokenizer's chat template.
@@ -60,9 +60,9 @@ def build_units(wanted: Wanted, lm: Any) -> list[Unit]:
         lm: the model, a `SparsePatchLM`.
 
     Raises:
-        ValueError: an unknown task, a length that the model or a task does not take, lengths
+        ValueError: a task is unknown, the model or a task does not take a length, or lengths are
             missing.
-        FetchError: data of the hub cannot be had; says what to download.
+        FetchError: data of the hub cannot be fetched; says what to download.
         ImportError: a package is missing; says what to install.
     """
     too_long = [length for length in wanted.lengths if length > lm.max_length]
@@ -70,19 +70,19 @@ def build_units(wanted: Wanted, lm: Any) -> list[Unit]:
         raise ValueError(
             f"--lengths {', '.join(map(str, too_long))}: the model takes {lm.max_length} tokens"
         )
-    found: list[Unit] = []
+    units: list[Unit] = []
     for name in dict.fromkeys(wanted.tasks):
-        found += _units(name, wanted, lm)
-    return found
+        units += _units(name, wanted, lm)
+    return units
 
 
 def check_names(wanted: Wanted) -> None:
-    """What can be known without a model: lengths where they are needed, packages, texts.
+    """Check what needs no model: lengths, packages, texts.
 
     Raises:
-        ValueError: a task with lengths without `--lengths`, or with one it does not exist in; a
-            text that cannot be read, or is too short.
-        FetchError: `--data-dir` is no folder; a text of a package cannot be had.
+        ValueError: a task lacks lengths, or has no such length; a text cannot be read, or is too
+            short.
+        FetchError: `--data-dir` is not a folder; the package of a text cannot be fetched.
         ImportError: a package that a task needs is missing; says what to install.
     """
     if not wanted.tasks:
@@ -103,7 +103,7 @@ def check_names(wanted: Wanted) -> None:
 
 
 def _texts(name: str) -> Sequence[str]:
-    """The texts that a task of perplexity is measured on."""
+    """The texts of a perplexity task."""
     text = name[len(PERPLEXITY) + 1 :]
     return [text] if text else PERPLEXITY_TEXTS
 
@@ -114,9 +114,9 @@ def _is_perplexity(name: str) -> bool:
 
 def _units(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
     if _is_perplexity(name):
-        for one in _texts(name):
+        for text in _texts(name):
             for length in wanted.lengths:
-                yield TextUnit(one, length, lm=lm, limit=wanted.limit, seed=wanted.seed)
+                yield TextUnit(text, length, lm=lm, limit=wanted.limit, seed=wanted.seed)
     elif name in OFFLINE:
         yield from _offline(name, wanted, lm)
     else:
@@ -127,11 +127,11 @@ def _offline(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
     tasks = OFFLINE[name].names
     for task in tasks:
         for length in wanted.lengths:
-            asked = {"reserve": _template_tokens(lm) if wanted.chat_template else 0}
-            loaded = _manager(wanted, length, defaults=False, **asked).load([task])["tasks"]
-            for one in loaded.values():
+            reserved = {"reserve": _template_tokens(lm) if wanted.chat_template else 0}
+            loaded = _manager(wanted, length, defaults=False, **reserved).load([task])["tasks"]
+            for task_object in loaded.values():
                 yield LmUnit(
-                    name, one, length, lm=lm, chat_template=wanted.chat_template, limit=None
+                    name, task_object, length, lm=lm, chat_template=wanted.chat_template, limit=None
                 )
 
 
@@ -146,10 +146,10 @@ def _others(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
             )
         else:
             loaded = _by_name(name, wanted)
-        for one in loaded.values():
+        for task in loaded.values():
             yield LmUnit(
                 known.name if known else name,
-                one,
+                task,
                 length,
                 lm=lm,
                 chat_template=wanted.chat_template,
@@ -160,10 +160,10 @@ def _others(name: str, wanted: Wanted, lm: Any) -> Iterator[Unit]:
 
 def _by_name(name: str, wanted: Wanted) -> dict[str, Any]:
     manager = _manager(wanted, None, defaults=True)
-    if name not in manager.all_tasks:  # it would also load a file, and run the code that it names
+    if name not in manager.all_tasks:  # lm-eval would also load a file, and run code that it names
         raise ValueError(
-            f"--tasks: neither we nor lm-eval know {name!r}; `sparse-patch tasks` lists ours, "
-            "`lm-eval ls tasks` theirs"
+            f"--tasks: unknown task {name!r}; `sparse-patch tasks` lists ours, `lm-eval ls tasks` "
+            "those of lm-eval"
         )
     without_remote_code()
     loaded: dict[str, Any] = manager.load([name])["tasks"]
@@ -171,31 +171,31 @@ def _by_name(name: str, wanted: Wanted) -> dict[str, Any]:
 
 
 def _template_tokens(lm: Any) -> int:
-    """Tokens that a chat template puts around a prompt: the length is that of the whole."""
+    """Tokens that a chat template adds to a prompt; they count towards its length."""
     empty = lm.apply_chat_template([{"role": "user", "content": ""}])
     return len(lm.encode_context(empty))
 
 
-def _manager(wanted: Wanted, length: int | None, *, defaults: bool, **asked: Any) -> Any:
+def _manager(wanted: Wanted, length: int | None, *, defaults: bool, **more: Any) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(
         include_path=None if defaults else str(TASKS_FOLDER),
         include_defaults=defaults,
-        metadata={**_metadata(wanted, length), **asked},
+        metadata={**_metadata(wanted, length), **more},
     )
 
 
 def _metadata(wanted: Wanted, length: int | None) -> dict[str, Any]:
-    """What the generators of tasks are told."""
-    about = {"tokenizer": wanted.model, "seed": wanted.seed, **wanted.task_args}
+    """Settings for the generators of tasks."""
+    metadata = {"tokenizer": wanted.model, "seed": wanted.seed, **wanted.task_args}
     if length is not None:
-        about |= {"max_seq_lengths": [length], "num_samples": wanted.limit or 500}
-    return about
+        metadata |= {"max_seq_lengths": [length], "num_samples": wanted.limit or 500}
+    return metadata
 
 
 def described() -> list[tuple[str, str, str, str]]:
-    """Name, where it comes from, whether it takes lengths, and a line, of all we know."""
+    """Name, origin, whether it takes lengths, and one line, of every known task."""
     ours = [(name, "offline", "yes", entry.summary) for name, entry in OFFLINE.items()]
     texts = ", ".join(PERPLEXITY_TEXTS)
     ours.append(

@@ -1,8 +1,8 @@
 """Offline tasks for lm-eval: RULER, a needle grid, passkey, key-value retrieval, needles.
 
-Nothing here needs a hub: prompts are generated, from text that installs from PyPI. `TASKS_FOLDER`
-is what lm-eval's `include_path` takes; `OFFLINE` names what there is. The two question answering
-tasks stand in for RULER's, whose paragraphs cannot be had offline (see `qa`).
+No hub is needed: prompts are generated, from text that installs from PyPI. `TASKS_FOLDER` is for
+lm-eval's `include_path`; `OFFLINE` lists all tasks. The two question answering tasks stand in for
+RULER's, whose paragraphs are not available offline (see `qa`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ TASKS_FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Tasks:
-    """What a name stands for.
+    """The tasks behind a name.
 
     Attributes:
-        names: lm-eval's names, of single tasks.
+        names: lm-eval's names of the single tasks.
         summary: one line.
     """
 
@@ -56,4 +56,4 @@ OFFLINE: dict[str, Tasks] = {
     "needle": Tasks(("sp_needle", "sp_needle_multi"), "numbers in prose that a small model finds"),
     **{name: Tasks((name,), summary) for name, summary in _SINGLE.items()},
 }
-"""What `--tasks` takes offline: short names, and every task by its own."""
+"""The offline names for `--tasks`: short names, and every single task."""

@@ -36,7 +36,7 @@ _DOTS = "..."
 
 @dataclass(frozen=True)
 class Frequencies:
-    """How often words of a list come: common ones, the others, and (of the example) how many."""
+    """Occurrences of common and of other words, and (for the example) the number of words."""
 
     freq_cw: int
     freq_ucw: int
@@ -49,10 +49,10 @@ class CommonWords:
 
     Attributes:
         num_cw: common words.
-        freq_cw: how often each of them comes.
-        freq_ucw: how often every other word comes.
-        example: the list of the solved example that precedes.
-        short_below: length below which a prompt takes the next two instead.
+        freq_cw: occurrences of each common word.
+        freq_ucw: occurrences of every other word.
+        example: frequencies of the solved example before the list.
+        short_below: prompts below this length use the next two instead.
         short: frequencies of a short prompt.
         short_example: of its example.
         tokens_to_generate: tokens kept free for the answer.
@@ -68,7 +68,7 @@ class CommonWords:
     tokens_to_generate: int = 120
 
     def grow(self, draw: Draw) -> Growth:
-        """Draw the words of the example and of the list; those of the list grow in number."""
+        """Draw the words of the example and of the list; units are words of the list."""
         is_short = draw.length < self.short_below
         often = self.short if is_short else Frequencies(self.freq_cw, self.freq_ucw)
         shown = self.short_example if is_short else self.example
@@ -99,7 +99,7 @@ class CommonWords:
 
 
 def endless_words(rng: random.Random) -> Iterator[str]:
-    """All words there are, in random order; then pairs of words (past 100k tokens)."""
+    """All words of the vocabulary in random order, then pairs of words (past 100k tokens)."""
     words = vocabulary("noun", "adjective", "verb")
     yield from chain(rng.sample(words, len(words)), distinct("words", rng))
 
@@ -121,7 +121,7 @@ class FrequentWords:
     Attributes:
         alpha: the k-th most frequent word comes in proportion to k ** -alpha.
         coded_wordlen: letters of a word.
-        tokens_per_word: the vocabulary has one word for so many tokens of the length.
+        tokens_per_word: tokens of the length per word of the vocabulary.
         tokens_to_generate: tokens kept free for the answer.
     """
 
@@ -147,21 +147,21 @@ class FrequentWords:
                 gen_prefix=_FREQUENT_PREFIX,
                 outputs=tuple(top),
                 answer=", ".join(top),
-                wrong=tuple(", ".join(some) for some in wrong),
+                wrong=tuple(", ".join(answer) for answer in wrong),
                 depth=None,
             )
 
         return Growth(build, least=_LEAST_CODED, most=2 * draw.length)
 
 
-# The seventh word must come, and the fourth less often than the third: wrong answers are made of
-# words that occur.
+# The seventh word must occur, and the fourth less often than the third: wrong answers use words
+# that occur.
 _LEAST_CODED = 100
 _LEAST_VOCABULARY = 10
 
 
 def zeta_counts(number: int, size: int, alpha: float) -> list[int]:
-    """How often each of `size` words comes: number * k**-alpha / zeta(alpha), rounded down."""
+    """Occurrences of each of `size` words: number * k**-alpha / zeta(alpha), rounded down."""
     from scipy.special import zeta
 
     return [int(number * rank**-alpha / zeta(alpha)) for rank in range(1, size + 1)]

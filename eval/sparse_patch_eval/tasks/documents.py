@@ -27,10 +27,10 @@ def from_metadata(task: str, metadata: Mapping[str, Any]) -> list[Document]:
         task: name of the task.
         metadata: arguments of `documents` by their names, and the name of a tokenizer, as
             `models.load_tokenizer` takes it, as "tokenizer", "pretrained" or "model" (the first
-            there is; lm-eval hands on its `--model_args` here). Everything else is not ours.
+            that is set; lm-eval passes its `--model_args` here). Other entries are ignored.
 
     Raises:
-        ValueError: no tokenizer, or what `documents` raises.
+        ValueError: no tokenizer is named, or `documents` raises it.
     """
     names = [metadata[key] for key in _TOKENIZER_KEYS if isinstance(metadata.get(key), str)]
     if not names:
@@ -54,7 +54,7 @@ def documents(
     depths: int = 11,
     wording: str = "copy",
 ) -> list[Document]:
-    """Samples of a task, the same in every process; more samples leave the first as they are.
+    """Samples of a task, the same in every process; asking for more does not change the first ones.
 
     Args:
         task: a name of `table.GENERATORS`.
@@ -63,7 +63,7 @@ def documents(
         num_samples: samples of each length; of each length and depth in the grid.
         seed: chooses everything in a sample.
         haystack: where prose comes from (see `text.long_text`).
-        reserve: tokens kept free besides, as for a chat template.
+        reserve: further tokens kept free, as for a chat template.
         depths: of the grid: positions of the needle, evenly from 0 to 1.
         wording: of the grid, "copy" or "question".
 
@@ -73,8 +73,8 @@ def documents(
         them, after the prompt), `depth` (0 to 1 or None), `max_length` and `index`.
 
     Raises:
-        ValueError: an argument that cannot be, a length too short for the task, or a text too short
-            for the length.
+        ValueError: an argument is invalid, a length is too short for the task, or a text is too
+            short for the length.
     """
     generator = _generator(task, wording)
     lengths = _lengths(max_seq_lengths)
@@ -83,15 +83,15 @@ def documents(
         cells = list(_grid_cells(num_samples, depths))
     else:
         cells = [(str(n), share) for n, share in enumerate(_depths(task, seed, num_samples))]
-    made = []
+    result = []
     for length in lengths:
         limit = length - reserve - generator.tokens_to_generate
         for index, (name, depth) in enumerate(cells):
             draw = Draw(f"{task}-{seed}-{length}-{name}", length, depth, haystack)
             sample = _filled(task, generator, draw, _counter(tokenizer), limit)
             gold = draw.random("gold").randrange(len(sample.wrong) + 1)
-            made.append(_document(sample, gold, tokenizer, length, index))
-    return made
+            result.append(_document(sample, gold, tokenizer, length, index))
+    return result
 
 
 def _generator(task: str, wording: str) -> Generator:
@@ -103,7 +103,7 @@ def _generator(task: str, wording: str) -> Generator:
 
 
 def _check(**counts: tuple[Any, int]) -> None:
-    """Refuse what is no whole number, or less than the least."""
+    """Raise a ValueError for a value that is not a whole number, or below its minimum."""
     for name, (value, least) in counts.items():
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number of {least} or more")
@@ -152,7 +152,7 @@ def _filled(
 
 
 def _counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Problem], int]:
-    # verbose=False: a prompt that is tried may be longer than the model takes.
+    # verbose=False: a tried prompt may be longer than the model's context.
     return lambda sample: len(tokenizer(sample.context, verbose=False)["input_ids"])
 
 
@@ -167,7 +167,9 @@ def _document(
         "outputs": list(sample.outputs),
         "candidates": candidates,
         "gold": gold,
-        "candidate_tokens": [_added(tokenizer, sample.gen_prefix, one) for one in candidates],
+        "candidate_tokens": [
+            _added(tokenizer, sample.gen_prefix, candidate) for candidate in candidates
+        ],
         "depth": sample.depth,
         "max_length": length,
         "index": index,
@@ -175,7 +177,7 @@ def _document(
 
 
 def _added(tokenizer: PreTrainedTokenizerBase, prefix: str, candidate: str) -> int:
-    """Tokens of a blank and `candidate`, as lm-eval counts them: whole less context."""
+    """Tokens of a blank and `candidate`, as lm-eval counts them: whole minus context."""
     whole, context = tokenizer([f"{prefix} {candidate}", prefix])["input_ids"]
     return len(whole) - len(context)
 

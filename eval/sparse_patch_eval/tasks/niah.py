@@ -2,8 +2,8 @@
 
 Statements "One of the special magic numbers for KEY is: VALUE." hide in a haystack, and the values
 of some keys are asked for. Prompts and parameters are RULER's. Its essays are prose of our own
-(`text.long_text`), its sentence splitter a plain rule, and the needle that is asked for takes all
-40 depths by turns over the samples, where RULER draws each anew: 40 samples are spread evenly.
+(`text.long_text`), its sentence splitter a plain rule, and the requested needle takes all 40 depths
+in turn over the samples, where RULER draws each anew: 40 samples are spread evenly.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Niah:
     tokens_to_generate: int = 128
 
     def grow(self, draw: Draw) -> Growth:
-        """Draw keys, values and where they stand; the first keys are those that are asked for."""
+        """Draw keys, values and their places; the first keys are the ones asked for."""
         keys = Series(distinct(self.type_needle_k, draw.random("keys")))
         values = Series(distinct(self.type_needle_v, draw.random("values")))
         number = max(self.num_needle_k, self.num_needle_q) * self.num_needle_v
@@ -70,14 +70,14 @@ class Niah:
         rng = draw.random("needles")
         depths = [draw.depth]
         depths += rng.sample([depth for depth in DEPTHS if depth != draw.depth], number - 1)
-        # Values of a key are told in the order in which they stand.
-        told = sorted(range(asked), key=lambda n: (n // self.num_needle_v, depths[n]))
-        gold = [values.first(asked)[n] for n in told]
+        # The answer lists the values of a key in the order of the prompt.
+        order = sorted(range(asked), key=lambda n: (n // self.num_needle_v, depths[n]))
+        gold = [values.first(asked)[n] for n in order]
         if asked == 1:
-            # What follows are the values of other needles, as far as there are any.
+            # The next values are those of other needles, if there are any.
             wrong = values.first(CANDIDATES)[1:]
         else:
-            wrong = [listed(some) for some in one_replaced(gold, gold, rng)]
+            wrong = [listed(answer) for answer in one_replaced(gold, gold, rng)]
         holders = keys.first(number)
         needles = [
             self._statement(holders[n // self.num_needle_v], value)

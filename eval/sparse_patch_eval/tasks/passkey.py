@@ -20,7 +20,7 @@ _SENTENCES = re.findall(r"[^.]+\.", NOISE.replace(". ", "."))
 
 @dataclass(frozen=True)
 class Passkey:
-    """One five-digit number, said twice, between the sentences of the filler.
+    """One five-digit number, stated twice, between the sentences of the filler.
 
     Attributes:
         tokens_to_generate: tokens kept free for the answer.
@@ -29,7 +29,7 @@ class Passkey:
     tokens_to_generate: int = 16
 
     def grow(self, draw: Draw) -> Growth:
-        """Draw the key and seven others, which the prompt does not hold."""
+        """Draw the key and seven other numbers, which are not in the prompt."""
         key, *others = map(str, draw.random("values").sample(range(10**4, 10**5), CANDIDATES))
 
         def build(units: int) -> Problem:

@@ -1,9 +1,9 @@
-"""What every offline task makes: samples that grow until they fill a prompt of a given length.
+"""The basis of the offline tasks: samples that grow until they fill a prompt of a given length.
 
-A task draws the fixed part of a sample first (needles, keys, a question) and then offers to build
-the prompt with any number of haystack units: words of prose, lines, list entries, paragraphs. `fit`
-finds how many fill the length. Everything is drawn from generators that are seeded with text, so a
-sample is the same in every process, and does not depend on how many samples are asked for.
+A task draws the fixed part of a sample first (needles, keys, a question) and then builds the prompt
+with any number of haystack units: words of prose, lines, list entries, paragraphs. `fit` finds the
+number that fills the length. All random generators are seeded with text, so a sample is the same in
+every process, and does not depend on the number of samples.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["CANDIDATES"]
 CANDIDATES = 8
 """Answers that the likelihood score chooses from: the right one and seven others."""
 
-# Steps that may be guessed from the slope before the search halves: a prompt is nearly linear in
-# its units, so it rarely needs more than four.
+# Steps guessed from the slope before the search bisects: a prompt's length is nearly linear in its
+# units, so four are usually enough.
 _GUESSES = 8
 
 Item = TypeVar("Item")
@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, what must be found in the answer, and what the likelihoods are taken of.
+    """A prompt, the strings that an answer must contain, and the answers to score.
 
     Attributes:
         input: the prompt up to the answer prefix.
@@ -36,8 +36,8 @@ class Problem:
         outputs: gold strings.
         answer: the whole right answer, as it would follow `gen_prefix` and a blank.
         wrong: seven whole answers that are not right.
-        depth: where the needle stands that is asked for (the first, if several), 0 to 1; None
-            where an answer is spread over the whole prompt.
+        depth: position of the requested needle (the first, if several), 0 to 1; None where an
+            answer is spread over the whole prompt.
     """
 
     input: str
@@ -56,12 +56,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Draw:
-    """What one sample is drawn from.
+    """The source of one sample.
 
     Attributes:
         key: names the sample: task, seed, length and index.
         length: tokens that prompt and answer may take.
-        depth: where the needle that is asked for shall stand, 0 to 1.
+        depth: position of the requested needle, 0 to 1.
         haystack: name of the text that prose comes from (`text.long_text`).
     """
 
@@ -71,7 +71,7 @@ class Draw:
     haystack: str
 
     def random(self, purpose: str) -> random.Random:
-        """A generator for one purpose, the same whenever it is asked for."""
+        """A generator for one purpose, the same on every call."""
         return random.Random(f"{self.key}-{purpose}")
 
 
@@ -124,13 +124,13 @@ class Series(Generic[Item]):
 def fit(
     growth: Growth, count: Callable[[Problem], int], limit: int, slack: int
 ) -> tuple[Problem, int]:
-    """The sample that fills `limit` tokens with the most units, and how many units that are.
+    """The sample with the most units within `limit` tokens, and its number of units.
 
-    Units are guessed from the slope so far, then by bisection. It is enough to end within `slack`
-    tokens of the limit: every try tokenises a whole prompt.
+    Units are guessed from the slope so far, then by bisection. The search ends within `slack`
+    tokens of the limit, because every try tokenises a whole prompt.
 
     Raises:
-        TooShort: `limit` is too small for the least prompt.
+        TooShort: `limit` is too small for the smallest prompt.
     """
     units, beyond = growth.least, growth.most + 1
     best = growth.build(units)
@@ -155,7 +155,7 @@ def fit(
 
 
 def one_replaced(values: list[str], stand_ins: list[str], rng: random.Random) -> list[list[str]]:
-    """Seven different lists that have another value, one of `stand_ins`, in one place."""
+    """Seven different copies of `values` with one value replaced by one of `stand_ins`."""
     swaps = [
         (place, other)
         for place in range(len(values))

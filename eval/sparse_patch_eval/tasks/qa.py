@@ -38,14 +38,14 @@ class Qa:
     tokens_to_generate: int = 32
 
     def grow(self, draw: Draw) -> Growth:
-        """Draw the question; documents around it are drawn as they are needed."""
+        """Draw the question; other documents are drawn as needed."""
         rng = draw.random("documents")
         mint = Mint(rng)
         fact, needed, query = (_one_hop if self.hops == 1 else _two_hops)(mint, rng)
         answer = dict(needed[-1].facts)[fact]
         spare = [mint.make(fact.value) for _ in range(CANDIDATES - 1)]
         others = Series(self._others(mint, rng))
-        # The document with the answer stands at the depth asked for, that before it anywhere.
+        # The document with the answer is at the requested depth, the linking one anywhere.
         depths = [draw.depth, draw.random("depths").random()]
 
         def build(units: int) -> Problem:
@@ -53,7 +53,8 @@ class Qa:
             cuts = [int(units * depth) for depth in depths[: self.hops]]
             documents = insert(around, cuts, needed[::-1])
             context = "\n\n".join(
-                f"Document {number}:\n{self._page(one)}" for number, one in enumerate(documents, 1)
+                f"Document {number}:\n{self._page(page)}"
+                for number, page in enumerate(documents, 1)
             )
             return Problem(
                 input=_PROMPT.format(context=context, query=query),
@@ -67,45 +68,45 @@ class Qa:
         return Growth(build, least=4, most=draw.length)
 
     def _others(self, mint: Mint, rng: random.Random) -> Iterator[Paragraph]:
-        """Documents that answer nothing; linked by twos if the question needs two."""
+        """Documents without the answer, linked in pairs if the question needs two."""
         while True:
             yield from (_one_hop if self.hops == 1 else _two_hops)(mint, rng)[1]
 
-    def _page(self, one: Paragraph) -> str:
-        return one.text if self.hops == 1 else f"{one.name}\n{one.text}"
+    def _page(self, page: Paragraph) -> str:
+        return page.text if self.hops == 1 else f"{page.name}\n{page.text}"
 
 
 def _one_hop(mint: Mint, rng: random.Random) -> tuple[Fact, list[Paragraph], str]:
     """A fact to ask for, the document that tells it, and the question."""
     kind = rng.choice(list(KINDS.values()))
     fact = rng.choice(kind.facts)
-    needed = paragraph(kind, mint, rng, told=fact)
+    needed = paragraph(kind, mint, rng, required=fact)
     return fact, [needed], fact.question.format(name=needed.name)
 
 
 def _two_hops(mint: Mint, rng: random.Random) -> tuple[Fact, list[Paragraph], str]:
-    """A fact about someone or something whom the question names only by a part in the first."""
+    """A fact whose subject the question names only by its role in a first document."""
     kind, link = rng.choice(_LINKS)
-    first = paragraph(kind, mint, rng, told=link)
+    first = paragraph(kind, mint, rng, required=link)
     middle = KINDS[link.value]
     fact = rng.choice(middle.facts)
-    second = paragraph(middle, mint, rng, name=dict(first.facts)[link], told=fact)
+    second = paragraph(middle, mint, rng, name=dict(first.facts)[link], required=fact)
     query = fact.question.format(name=link.role.format(name=first.name))
     return fact, [first, second], query
 
 
 def _rivals(fact: Fact, answer: str, needed: list[Paragraph], around: list[Paragraph]) -> list[str]:
-    """Values of the answer's kind in the documents: those nearest to the question first."""
-    near = [v for one in needed for f, v in one.facts if f.value == fact.value and v != answer]
-    told = [pair for one in around for pair in one.facts]
-    same = [value for other, value in told if other == fact]
-    alike = [value for other, value in told if other.value == fact.value and other != fact]
-    names = [one.name for one in around if one.kind == fact.value]
+    """Values of the answer's kind in the documents, nearest to the question first."""
+    near = [v for page in needed for f, v in page.facts if f.value == fact.value and v != answer]
+    facts = [pair for page in around for pair in page.facts]
+    same = [value for other, value in facts if other == fact]
+    alike = [value for other, value in facts if other.value == fact.value and other != fact]
+    names = [page.name for page in around if page.kind == fact.value]
     return list(dict.fromkeys(near + same + alike + names))  # linked documents share a name
 
 
 def _spellings(fact: Fact, answer: str) -> tuple[str, ...]:
-    """The answer as the document writes it, and as it may be written as well."""
+    """The answer as in the document, and its other accepted spelling."""
     if fact.value == "count":
         return answer, answer.replace(",", "")
     if fact.value == "date":

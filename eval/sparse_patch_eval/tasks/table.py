@@ -36,7 +36,7 @@ GRID_WORDINGS: dict[str, Generator] = {
     "copy": Copying(),
     "question": Niah(type_haystack="essay", tokens_to_generate=16),
 }
-"""How the grid asks: with the needle's own words, or as RULER does."""
+"""The grid's question: in the needle's own words, or as in RULER."""
 
 GENERATORS: dict[str, Generator] = {
     **RULER,

@@ -1,11 +1,11 @@
-"""The lm-eval task behind every offline task: what is asked of the model, and how it is scored.
+"""The lm-eval task behind every offline task: its requests to the model, and its scores.
 
-A document gives one greedy generation and a likelihood of each of eight answers, all after the same
+A document asks for one greedy generation and the likelihoods of eight answers, all after the same
 prompt, so that a runner can prefill once:
 
 - `string_match`: RULER's score, the share of gold strings found in the generation, case ignored;
-- `rank`: 1 if the right answer has the best mean log-likelihood a token, ties count as wrong;
-- `answer_nll`: nats a token of the right answer.
+- `rank`: 1 if the right answer has the best mean log-likelihood per token, ties count as wrong;
+- `answer_nll`: nats per token of the right answer.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class OfflineTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untyped
         super().__init__(config=settings)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Make the documents; nothing is fetched but the haystack, the first time."""
-        made = from_metadata(self.config.task, {**(self.config.metadata or {}), **kwargs})
-        self.dataset = {"test": datasets.Dataset.from_list(made)}
+        """Make the documents; only the haystack is fetched, the first time."""
+        documents = from_metadata(self.config.task, {**(self.config.metadata or {}), **kwargs})
+        self.dataset = {"test": datasets.Dataset.from_list(documents)}
 
     def doc_to_target(self, doc: Document, doc_to_target: Any = None) -> str:
         """The whole right answer."""
@@ -53,11 +53,11 @@ class OfflineTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untyped
         """One generation, then a likelihood of each candidate, in order."""
         metadata = kwargs["metadata"]
         settings = dict(self.config.generation_kwargs)
-        asked: list[tuple[str, tuple[str, Any]]] = [("generate_until", (ctx, settings))]
-        asked += [("loglikelihood", (ctx, f" {one}")) for one in doc["candidates"]]
+        requests: list[tuple[str, tuple[str, Any]]] = [("generate_until", (ctx, settings))]
+        requests += [("loglikelihood", (ctx, f" {candidate}")) for candidate in doc["candidates"]]
         return [
             Instance(request_type=kind, doc=doc, arguments=arguments, idx=n, metadata=metadata)
-            for n, (kind, arguments) in enumerate(asked)
+            for n, (kind, arguments) in enumerate(requests)
         ]
 
 
@@ -74,14 +74,14 @@ def score_any(doc: Document, results: list[Any]) -> dict[str, float]:
 def _scores(doc: Document, results: list[Any], *, all_needed: bool) -> dict[str, float]:
     generation, *likelihoods = results
     text = _CONTROL.sub("\n", generation.strip()).lower()
-    found = [gold.lower() in text for gold in doc["outputs"]]
+    matches = [gold.lower() in text for gold in doc["outputs"]]
     means = [
         total / tokens
         for (total, _), tokens in zip(likelihoods, doc["candidate_tokens"], strict=True)
     ]
     right = means.pop(doc["gold"])
     return {
-        "string_match": sum(found) / len(found) if all_needed else float(any(found)),
+        "string_match": sum(matches) / len(matches) if all_needed else float(any(matches)),
         "rank": float(right > max(means)),
         "answer_nll": 0.0 - right,  # not -right: no score is -0.0
     }

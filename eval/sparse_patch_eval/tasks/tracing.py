@@ -1,8 +1,8 @@
 """RULER's variable tracking (arXiv:2404.06654, section 3.2): a chain of assignments in noise.
 
 "VAR A = 12345", "VAR B = VAR A", ... stand in this order anywhere in the noise, and all variables
-of the chain are asked for. One solved example with shorter names precedes, as in RULER, where it
-has up to 500 tokens: that is ten lines of noise, so prompts of some 700 tokens are the shortest.
+of the chain are asked for. A solved example with shorter names comes first, as in RULER, where it
+has up to 500 tokens: with its ten lines of noise, the shortest prompts have some 700 tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PROMPT = (
     "{context}\n"
     "Question: Find all variables that are assigned the value {value} in the text above."
 )
-# "assgined" is RULER's own spelling: prompts are its prompts.
+# "assgined" is RULER's spelling; the prompts are RULER's.
 _PREFIX = (
     "Answer: According to the chain(s) of variable assignment in the text above, {count} variables "
     "are assgined the value {value}, they are:"
@@ -45,7 +45,7 @@ class Tracing:
     tokens_to_generate: int = 30
 
     def grow(self, draw: Draw) -> Growth:
-        """Draw example and chains; the k-th statement of a chain stands before its k+1-th."""
+        """Draw example and chains; the statements of a chain stay in order."""
         numbers = draw.random("numbers").sample(range(10**4, 10**5), 2 * self.num_chains)
         shown = self._chains(draw.random("example"), _EXAMPLE_LETTERS, numbers[self.num_chains :])
         chains = self._chains(draw.random("chains"), _LETTERS, numbers)

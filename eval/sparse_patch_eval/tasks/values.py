@@ -1,7 +1,7 @@
-"""Keys, values and prose that tasks are made of: words, numbers, UUIDs and windows of a long text.
+"""Material of the tasks: words, numbers, UUIDs and windows of a long text.
 
-Words are those of the package `wonderwords`, which RULER takes them from, less the few that are not
-plain lower-case letters: another release of that package may give other samples.
+Words come from the package `wonderwords`, as in RULER, without the few that are not plain
+lower-case letters: another release of that package may give other samples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 """Filler of the passkey task (arXiv:2305.16300), which RULER's noise haystack repeats too."""
 
 LEAST_WORDS = 40
-"""Less prose than this is no haystack."""
+"""Minimum words of prose in a haystack."""
 
 _SENTENCE_END = re.compile(r"[.?!][\"')\]\u2019\u201d]*$")
 
@@ -89,7 +89,7 @@ class Prose:
     starts: tuple[int, ...]
 
     def cut(self, count: int, depth: float) -> int:
-        """Word before which a needle goes in the first `count`: RULER's sentence boundary."""
+        """Index of the word before which a needle goes among the first `count`, as in RULER."""
         sentences = bisect_left(self.starts, count)
         place = int(sentences * depth)
         return self.starts[place] if place < sentences else count
@@ -127,5 +127,5 @@ def insert(units: Sequence[Item], cuts: Sequence[int], needles: Sequence[Item]) 
 
 
 def listed(items: list[str]) -> str:
-    """One, two, and three."""
+    """The items as `one, two, and three`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"

@@ -1,9 +1,8 @@
 """Paragraphs about invented people, towns, novels, ships, bridges and firms.
 
-They stand in for the paragraphs of SQuAD and HotpotQA, which cannot be had without a network. A
-`Mint` never gives a name, date or number twice, so no two paragraphs share an answer. Paragraphs
-differ in their kind, in which facts they tell, in the order of these and in their wording. Words
-and wordings are in `world.json`.
+They stand in for the paragraphs of SQuAD and HotpotQA, which need a network. A `Mint` never gives a
+name, date or number twice, so no two paragraphs share an answer. Paragraphs differ in kind, in
+their facts, and in the order and wording of these. Words and wordings are in `world.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class Mint:
     """Names, dates and numbers, none twice.
 
     Args:
-        rng: where they are drawn from.
+        rng: random generator for all of them.
     """
 
     def __init__(self, rng: random.Random) -> None:
@@ -81,13 +80,13 @@ class Mint:
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that paragraphs of a kind may tell.
+    """Something that paragraphs of a kind may state.
 
     Attributes:
         value: kind of the value (see `Mint.make`).
         question: asks for the value, with {name}.
         wordings: sentences with {it} or {It}, and {value}.
-        role: what the value is to the subject, with {name}, if it can have a paragraph of its own.
+        role: phrase for the value by its relation to {name}, if it can have a paragraph of its own.
     """
 
     value: str
@@ -98,14 +97,14 @@ class Fact:
 
 @dataclass(frozen=True)
 class Kind:
-    """What paragraphs about one kind of thing are made of.
+    """Material of paragraphs about one kind of thing.
 
     Attributes:
         name: kind of the name (see `Mint.make`).
         openings: first sentences, with {name} and {noun}.
-        nouns: what the thing may be called.
-        facts: what may be told.
-        asides: sentences that tell nothing that is asked for.
+        nouns: nouns for the thing.
+        facts: that a paragraph may state.
+        asides: sentences without any such fact.
     """
 
     name: str
@@ -117,7 +116,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph, the name of its subject and of what kind that is, and the facts with values."""
+    """A paragraph, the name and kind of its subject, and its facts with values."""
 
     name: str
     kind: str
@@ -134,8 +133,8 @@ def _kind(data: dict[str, Any]) -> Kind:
 KINDS = {data["name"]: _kind(data) for data in _DATA["kinds"]}
 """All kinds of paragraphs by the kind of their subject's name."""
 
-# Facts a paragraph tells, besides an aside.
-_TOLD = 4
+# Number of facts in a paragraph, besides an aside.
+_FACTS = 4
 
 
 def paragraph(
@@ -144,7 +143,7 @@ def paragraph(
     rng: random.Random,
     *,
     name: str | None = None,
-    told: Fact | None = None,
+    required: Fact | None = None,
 ) -> Paragraph:
     """Write a paragraph.
 
@@ -153,13 +152,15 @@ def paragraph(
         mint: gives the values, and the name if there is none.
         rng: chooses facts, order and wording.
         name: its subject.
-        told: a fact of `kind` that it must tell.
+        required: a fact of `kind` that it must state.
     """
     subject = name or mint.make(kind.name)
     noun = rng.choice(kind.nouns)
-    facts = rng.sample([fact for fact in kind.facts if fact != told], _TOLD - (told is not None))
-    if told is not None:
-        facts.insert(rng.randint(0, len(facts)), told)
+    facts = rng.sample(
+        [fact for fact in kind.facts if fact != required], _FACTS - (required is not None)
+    )
+    if required is not None:
+        facts.insert(rng.randint(0, len(facts)), required)
     values = tuple((fact, mint.make(fact.value)) for fact in facts)
     sentences = [_worded(fact, value, subject, kind, noun, rng) for fact, value in values]
     sentences.insert(rng.randint(0, len(sentences)), rng.choice(kind.asides))
@@ -168,7 +169,7 @@ def paragraph(
 
 
 def _worded(fact: Fact, value: str, subject: str, kind: Kind, noun: str, rng: random.Random) -> str:
-    """A sentence that calls the subject by its name, or by what it is."""
+    """A sentence that calls the subject by its name, or by its noun."""
     short = f"the {noun.split(' in ')[0].split(' of ')[0]}"
     quoted = f'"{subject}"' if kind.name == "title" else subject
     it = rng.choice((short, short, quoted))

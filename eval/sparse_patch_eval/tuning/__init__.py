@@ -1,1 +1,1 @@
-"""Which method and setting each head runs, from measurements."""
+"""Choice of a method and setting for each head, from measurements."""

@@ -1,14 +1,14 @@
-"""From measured choices to a profile: which method each head of each layer runs, and how far.
+"""From measurements to a profile: the method and setting of each head of each layer.
 
-Every candidate, a method at one setting of its knob, is planned on q and k of calibration prompts,
-and judged per head: density, and recall against the true mass of blocks on a sample of rows. A
-choice for a price per lost attention then falls apart into heads: each takes the candidate with the
-least `density + price * (1 - recall)`, and the price is turned until all heads together meet the
-target. No single setting for all heads can keep less at the same recall, on what was measured; what
-it does on other text is for held-out prompts to tell.
+Every candidate, a method at one setting of its knob, plans on q and k of calibration prompts, and
+is judged per head: density, and recall against the true mass of blocks on a sample of rows. At a
+given price of lost attention, heads choose independently: each takes the candidate with the least
+`density + price * (1 - recall)`, and the price is varied until all heads together meet the target.
+On the measured prompts, no single setting for all heads keeps less at the same recall; held-out
+prompts show how it does on other text.
 
-Layers with several methods pay for planning with each. So a layer takes few of them: those whose
-best choices cost least together.
+A layer with several methods plans with each of them. So a layer gets few: those whose best choices
+cost least together.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from sparse_patch_eval.ask.judge import plan_of
 from sparse_patch_eval.ask.true_attention import block_mass
 from sparse_patch_eval.base.options import spec_of
 
-# Prices between which the right one lies: at the first recall is worth nothing.
+# Bounds of the price: at the lower one, recall is worth nothing.
 _CHEAPEST, _DEAREST = 1e-3, 1e4
-# Prices of which one is so much larger, in logarithms, are the same.
+# Prices whose logarithms differ by less than this are the same.
 _CLOSE = 0.01
 
 
@@ -53,10 +53,10 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Candidates on the heads of some layers, means over prompts.
+    """Measurements of candidates on the heads of some layers, means over prompts.
 
     Attributes:
-        candidates: what was measured.
+        candidates: the measured ones.
         layers: indices of the layers.
         density, recall: float64 `[candidates, layers, heads]`; 1 where a candidate runs exact.
     """
@@ -69,15 +69,15 @@ class Measured:
     def choose(self, price: float, most_methods: int) -> Tensor:
         """int64 `[layers, heads]`: the candidate of each head."""
         cost = self.density + price * (1 - self.recall)
-        names = list(dict.fromkeys(one.name for one in self.candidates))
+        names = list(dict.fromkeys(candidate.name for candidate in self.candidates))
         best = torch.zeros(cost.shape[1:], dtype=torch.long)
         least = torch.full((cost.shape[1],), math.inf, dtype=cost.dtype)
-        for some in itertools.combinations(names, min(most_methods, len(names))):
-            mine = [i for i, one in enumerate(self.candidates) if one.name in some]
-            costs, index = cost[mine].min(0)
+        for methods in itertools.combinations(names, min(most_methods, len(names))):
+            members = [i for i, c in enumerate(self.candidates) if c.name in methods]
+            costs, index = cost[members].min(0)
             better = costs.sum(-1) < least
             least = torch.where(better, costs.sum(-1), least)
-            best = torch.where(better[:, None], torch.tensor(mine)[index], best)
+            best = torch.where(better[:, None], torch.tensor(members)[index], best)
         return best
 
     def heads(self, choice: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,10 +93,12 @@ class Measured:
     def single(self, name: str, recall: float) -> float | None:
         """Density at which one setting of a method for all heads reaches a recall.
 
-        Between two settings, on the straight line; None if none of them reaches it.
+        Interpolated linearly between two settings; None if none of them reaches it.
         """
-        mine = [i for i, one in enumerate(self.candidates) if one.name == name]
-        points = sorted((float(self.recall[i].mean()), float(self.density[i].mean())) for i in mine)
+        members = [i for i, c in enumerate(self.candidates) if c.name == name]
+        points = sorted(
+            (float(self.recall[i].mean()), float(self.density[i].mean())) for i in members
+        )
         enough = [point for point in points if point[0] >= recall]
         if not enough:
             return None
@@ -112,20 +114,21 @@ class Measured:
 def choose_until(
     measured: Measured, good: Callable[[Tensor], bool], most_methods: int, *, most_recall: bool
 ) -> Tensor:
-    """The choice at the edge of what is good.
+    """The best choice that just meets the target.
 
     Args:
         good: does a choice meet the target?
-        most_recall: then the choice of most recall that is good (less never makes it worse), of a
-            target like speed; else that of least density (more recall never makes it worse).
+        most_recall: return the good choice with the most recall (for a target like speed, where
+            less recall stays good); else the one with the least density (where more recall stays
+            good).
 
     Raises:
         ValueError: no choice is good.
     """
-    # Places on the logarithm of the price: at `sure` a choice is good if any is.
-    sure, wanted = math.log(_CHEAPEST), math.log(_DEAREST)
+    # Logarithms of the price: at `sure` a choice is good if any is.
+    sure, limit = math.log(_CHEAPEST), math.log(_DEAREST)
     if not most_recall:
-        sure, wanted = wanted, sure
+        sure, limit = limit, sure
     best = measured.choose(math.exp(sure), most_methods)
     if not good(best):
         density, recall = measured.of(best)
@@ -134,13 +137,13 @@ def choose_until(
             f"candidates keep is density {density:.3f}, recall {recall:.4f}; give other methods or "
             "more --steps"
         )
-    while abs(wanted - sure) > _CLOSE:
-        middle = (sure + wanted) / 2
+    while abs(limit - sure) > _CLOSE:
+        middle = (sure + limit) / 2
         choice = measured.choose(math.exp(middle), most_methods)
         if good(choice):
             best, sure = choice, middle
         else:
-            wanted = middle
+            limit = middle
     return best
 
 
@@ -148,35 +151,35 @@ def candidates(specs: Mapping[str, Mapping[str, Any]], steps: int) -> list[Candi
     """Every method at `steps` places of its knob (`sparse_patch.Knob`), its other parameters fixed.
 
     Raises:
-        ValueError: a method that does not exist, or has no knob.
+        ValueError: a method does not exist, or has no knob.
     """
-    found = []
+    result = []
     for name, fixed in specs.items():
         knob = describe(name).knob
         if knob is None:
             raise ValueError(f"{name} has no knob that could be tuned; see sparse_patch.Knob")
         for step in range(steps):
             params = {**knob.params((step + 1) / (steps + 1)), **fixed}
-            found.append(Candidate(name, params))
-            get_method(name, **params)  # a wrong parameter is an error here
-    return found
+            result.append(Candidate(name, params))
+            get_method(name, **params)  # fails here on a wrong parameter
+    return result
 
 
 def measure_layer(
-    some: Sequence[Candidate], layer: int, attention: Attention, *, rows: int
+    candidates: Sequence[Candidate], layer: int, attention: Attention, *, rows: int
 ) -> tuple[Tensor, Tensor]:
     """Density and recall `[candidates, heads]` of candidates on one layer of one prompt.
 
     Raises:
-        ValueError: their plans cannot share a layer (see `sparse_patch.mixing`).
+        ValueError: the candidates' plans cannot share a layer (see `sparse_patch.mixing`).
     """
     heads = len(attention.q)
-    density = torch.ones(len(some), heads, dtype=torch.float64)
-    recall = torch.ones(len(some), heads, dtype=torch.float64)
+    density = torch.ones(len(candidates), heads, dtype=torch.float64)
+    recall = torch.ones(len(candidates), heads, dtype=torch.float64)
     truth: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     of_form: dict[tuple[int, int], BlockPlan] = {}
-    for i, one in enumerate(some):
-        plan = plan_of(one.method, layer, attention)
+    for i, candidate in enumerate(candidates):
+        plan = plan_of(candidate.method, layer, attention)
         if plan is None:
             continue
         common_form([*of_form.values(), plan])
@@ -197,12 +200,12 @@ def _sampled_mass(
     query block of each row."""
     q_len = attention.q.shape[1]
     row = torch.arange(q_len - 1, -1, -max(1, q_len // rows)).flip(0)
-    parts = [block_mass(attention, some, block_k) for some in torch.split(row, 128)]
+    parts = [block_mass(attention, tile, block_k) for tile in torch.split(row, 128)]
     return torch.cat(parts, 1), row // block_q
 
 
 def _mask(plan: BlockPlan, heads: int) -> Tensor:
-    """bool `[heads, query blocks, key blocks]` of a plan of one list of blocks."""
+    """bool `[heads, query blocks, key blocks]` of a plan with one list of blocks."""
     (run,) = plan.runs
     start, _ = run.expand(plan.heads)
     valid = run.valid(plan.heads)
@@ -217,48 +220,48 @@ def profile_of(
 ) -> Profile:
     """The profile of a choice `[layers, heads]`.
 
-    Heads of a layer whose methods differ in one parameter that may be one value per head share a
-    planning.
+    Heads of a layer whose methods differ only in a parameter that can be given per head are planned
+    together.
     """
     group = model["heads"] // model["kv_heads"]
     layers = {}
     for place, layer in enumerate(measured.layers):
         by_name: dict[str, dict[int, Candidate]] = {}
         for head, index in enumerate(choice[place].tolist()):
-            one = measured.candidates[index]
-            by_name.setdefault(one.name, {})[head] = one
+            candidate = measured.candidates[index]
+            by_name.setdefault(candidate.name, {})[head] = candidate
         layers[layer] = tuple(
-            share for name, own in by_name.items() for share in _shares(name, own, group)
+            share for name, heads in by_name.items() for share in _shares(name, heads, group)
         )
     return Profile(model, layers, made)
 
 
-def _shares(name: str, own: Mapping[int, Candidate], group: int) -> list[Share]:
+def _shares(name: str, by_head: Mapping[int, Candidate], group: int) -> list[Share]:
     """The shares of one method in a layer, from the candidate of each head."""
-    differ = _differing([one.params for one in own.values()])
-    if len(differ) == 1 and _per_head(name, own, differ[0]):
-        # A value for every query head of the KV groups in question, of which some do not count.
-        groups = sorted({head // group for head in own})
-        seen = [one * group + i for one in groups for i in range(group)]
-        some = next(iter(own.values()))
-        values = tuple(own.get(head, some).params[differ[0]] for head in seen)
-        return [Share.of(tuple(own), name, {**some.params, differ[0]: list(values)})]
+    differ = _differing([candidate.params for candidate in by_head.values()])
+    if len(differ) == 1 and _per_head(name, by_head, differ[0]):
+        # One value for every query head of these KV groups; those of other heads do not matter.
+        groups = sorted({head // group for head in by_head})
+        members = [kv_head * group + i for kv_head in groups for i in range(group)]
+        first = next(iter(by_head.values()))
+        values = tuple(by_head.get(head, first).params[differ[0]] for head in members)
+        return [Share.of(tuple(by_head), name, {**first.params, differ[0]: list(values)})]
     heads: dict[str, list[int]] = {}
-    settings = {repr(sorted(one.params.items())): one.params for one in own.values()}
-    for head, one in own.items():
-        heads.setdefault(repr(sorted(one.params.items())), []).append(head)
+    settings = {repr(sorted(c.params.items())): c.params for c in by_head.values()}
+    for head, candidate in by_head.items():
+        heads.setdefault(repr(sorted(candidate.params.items())), []).append(head)
     return [Share.of(tuple(heads[key]), name, params) for key, params in settings.items()]
 
 
 def _differing(params: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [key for key in params[0] if any(one[key] != params[0][key] for one in params)]
+    return [key for key in params[0] if any(other[key] != params[0][key] for other in params)]
 
 
-def _per_head(name: str, own: Mapping[int, Candidate], key: str) -> bool:
-    """May this parameter be one value per head?"""
-    values = tuple(one.params[key] for one in own.values())
+def _per_head(name: str, by_head: Mapping[int, Candidate], key: str) -> bool:
+    """Can this parameter be given per head?"""
+    values = tuple(candidate.params[key] for candidate in by_head.values())
     try:
-        method = get_method(name, **{**next(iter(own.values())).params, key: values})
+        method = get_method(name, **{**next(iter(by_head.values())).params, key: values})
     except (ValueError, TypeError):
         return False
     return key in method.needs_all_heads()

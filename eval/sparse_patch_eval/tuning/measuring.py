@@ -1,4 +1,4 @@
-"""Candidates on the prompts of a tuning, each measured once, and what a profile gains."""
+"""Measurements of candidates on the prompts of a tuning, and of a profile's speed-up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_patch_eval.ask.capture import capture
 from sparse_patch_eval.base.rows import RowFile
 from sparse_patch_eval.tuning.choice import Candidate, Measured, measure_layer
 
-# Last positions whose distributions a KL is the mean of.
+# Number of last positions over which a KL is averaged.
 _KL_TOKENS = 64
 _SPEED_ROUNDS = 3
 
@@ -27,23 +27,23 @@ def measure(
     lm: PreTrainedModel,
     prompt: Tensor,
     key: dict[str, Any],
-    some: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     rows: int,
 ) -> None:
-    """A row per layer and candidate that is not there yet."""
-    specs = [one.spec for one in some]
+    """Measure every layer and candidate without a row, and add the row."""
+    specs = [candidate.spec for candidate in candidates]
     known = {(r["layer"], r["spec"]) for r in file.rows if _is_of(r, key)}
     n_layers = lm.config.get_text_config().num_hidden_layers
     todo = {
         layer: [i for i, spec in enumerate(specs) if (layer, spec) not in known]
         for layer in range(n_layers)
     }
-    wanted = [layer for layer, left in todo.items() if left]
-    if not wanted:
+    layers = [layer for layer, left in todo.items() if left]
+    if not layers:
         return
-    for layer, inside in capture(lm, prompt, wanted).layers.items():
+    for layer, inside in capture(lm, prompt, layers).layers.items():
         left = todo[layer]
-        density, recall = measure_layer([some[i] for i in left], layer, inside, rows=rows)
+        density, recall = measure_layer([candidates[i] for i in left], layer, inside, rows=rows)
         for place, i in enumerate(left):
             values = {"density": density[place].tolist(), "recall": recall[place].tolist()}
             file.add({**key, "layer": layer, "spec": specs[i], **values})
@@ -53,24 +53,26 @@ def _is_of(row: dict[str, Any], key: dict[str, Any]) -> bool:
     return all(row[name] == value for name, value in key.items())
 
 
-def mean_of(file: RowFile, keys: Sequence[dict[str, Any]], some: Sequence[Candidate]) -> Measured:
-    """What was measured on some prompts."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def mean_of(
+    file: RowFile, keys: Sequence[dict[str, Any]], candidates: Sequence[Candidate]
+) -> Measured:
+    """Means of the measurements on some prompts."""
+    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in file.rows:
         if any(_is_of(row, key) for key in keys):
-            found.setdefault((row["spec"], row["layer"]), []).append(row)
-    layers = sorted({layer for _, layer in found})
+            rows.setdefault((row["spec"], row["layer"]), []).append(row)
+    layers = sorted({layer for _, layer in rows})
 
     def table(name: str) -> Tensor:
         return torch.tensor(
             [
-                [_column_means([row[name] for row in found[one.spec, n]]) for n in layers]
-                for one in some
+                [_column_means([row[name] for row in rows[candidate.spec, n]]) for n in layers]
+                for candidate in candidates
             ],
             dtype=torch.float64,
         )
 
-    return Measured(some, layers, table("density"), table("recall"))
+    return Measured(candidates, layers, table("density"), table("recall"))
 
 
 def _column_means(rows: Sequence[Sequence[float]]) -> list[float]:

@@ -1,15 +1,15 @@
 """Long-context benchmarks from the Hugging Face hub, or from a local folder of its files.
 
 The tasks are lm-eval's (0.4.13: prompts, metrics), with the changes of `fixes` where lm-eval
-departs from the authors' code in what can be mended in a line or two. `data_dir` reads the same
-files from disk (`data`). Scores are 0 to 1 where the authors print percent. What still differs
-from the official code:
+departs from the authors' code and a line or two can fix it. `data_dir` reads the same files from
+disk (`data`). Scores are 0 to 1 where the authors print percent. Remaining differences from the
+official code, and fixed ones:
 
 LongBench (arXiv:2308.14508)
 * lm-eval reads Xnhyacinth/LongBench, where the prompt is already part of the columns, and wraps the
-  official prompt around it again; mended: it comes once (for the authors' own files too).
+  official prompt around it again; fixed: it comes once (for the authors' own files too).
 * lm-eval loses white space at prompt joints (triviaqa, samsum, code, synthetic) and stops few-shot
-  answers at the first newline even if that is all there is; mended.
+  answers at the first newline even if that is the whole answer; fixed.
 * Prompts too long for the model are cut in the middle: `truncate_middle`, which the caller applies.
   The authors cut text before their chat template and encode again; we cut token ids.
 * Few-shot and code tasks are meant to run without a chat template.
@@ -19,11 +19,11 @@ LongBench (arXiv:2308.14508)
 LongBench v2 (arXiv:2412.15204)
 * The authors sample up to 128 tokens at temperature 0.1 and read "The correct answer is (X)". Here
   (recursal/longbench-v2, the same 503 questions) the prompt ends in "Answer:" and the likeliest of
-  A, B, C, D is taken: no answer is ever unreadable, so scores are not those of the paper. Neither
-  chain of thought nor retrieval.
+  A, B, C, D is taken: every answer can be read, so scores differ from the paper's. No chain of
+  thought and no retrieval.
 InfiniteBench (arXiv:2402.13718)
 * lm-eval cannot load it (its feature list is no `datasets.Features`; four splits end in `_eng`);
-  mended, as are its stop at the first newline and the stemming in ROUGE-Lsum.
+  fixed, as are its stop at the first newline and the stemming in ROUGE-Lsum.
 * The prompts are those for GPT-4 ("inspect the options" for "inspect through the options"); the
   authors use others, with an answer prefix, for open models. Under a chat template the first
   sentence becomes the system message.
@@ -33,12 +33,11 @@ InfiniteBench (arXiv:2402.13718)
 BABILong (arXiv:2406.10149)
 * Instruction, format and examples are the authors', without their <example> and <context> tags and
   in another order; 16 new tokens, not 20. lm-eval shows two of three examples and counts any
-  mention of the target; mended (qa8, qa11-20 keep the mention rule: their labels are not known to
-  us).
+  mention of the target; fixed (qa8, qa11-20 keep the mention rule: their labels are unknown).
 * `babilong` is qa1-qa5, which the paper reports; qa6-qa20 load by name, qa11-qa20 at 0k only.
 RULER as lm-eval has it (arXiv:2404.06654): our own `ruler` tasks need no network, these do
-* 500 samples per length whatever is asked, so loading takes a minute per task and length.
-* Its tokenizer is loaded without a repository's code, which lm-eval would run.
+* Always 500 samples per length, so loading takes a minute per task and length.
+* The tokenizer is loaded without a repository's code, which lm-eval would run.
 * Samples come from Python's global random state; `load_tasks` seeds it per task, and restores it.
 """
 
@@ -80,14 +79,14 @@ def truncate_middle(ids: Sequence[int], room: int) -> list[int]:
 
 
 def check(names: Iterable[str], lengths: Sequence[int] | None = None) -> list[Benchmark]:
-    """The entries of `HUB` by these names, after all that can be known without reading data.
+    """The entries of `HUB` by these names, after all checks that need no data.
 
     Args:
         names: benchmarks or single tasks.
-        lengths: prompt lengths asked for, in tokens; benchmarks without lengths do not mind them.
+        lengths: prompt lengths asked for, in tokens; benchmarks without lengths ignore them.
 
     Raises:
-        ValueError: an unknown name, or a length that a task does not exist in.
+        ValueError: a name is unknown, or a task has no such length.
         ImportError: a package is missing; says what to `pip install`.
     """
     chosen = [_entry(name) for name in names]
@@ -113,7 +112,7 @@ def load_tasks(
 ) -> dict[str, Any]:
     """Load tasks of `HUB` as lm-eval tasks, with our changes, ready for `lm_eval.evaluate`.
 
-    Documents of benchmarks with lengths say their own in the column `max_length` (tokens).
+    Documents of benchmarks with lengths have a column `max_length` (tokens).
 
     Args:
         names: benchmarks or single tasks; a task named twice is loaded once.
@@ -126,7 +125,7 @@ def load_tasks(
 
     Raises:
         ValueError, ImportError: see `check`.
-        FetchError: data cannot be had or read; says what to download, and how.
+        FetchError: data cannot be fetched or read; says what to download, and how.
     """
     asked = dict(metadata or {})
     chosen = check(names, asked.get("max_seq_lengths"))
@@ -159,7 +158,7 @@ def _check_lengths(benchmark: Benchmark, lengths: Sequence[int] | None) -> None:
         if short:
             raise ValueError(
                 f"{benchmark.name}: length {short[0]} is below {RULER_SHORTEST}, where lm-eval's "
-                "generators may never return; ask for longer ones, or use our own `ruler`"
+                "generators may never return; use longer ones, or our own `ruler`"
             )
         return
     unknown = [length for length in lengths if length not in BABILONG_LENGTHS]

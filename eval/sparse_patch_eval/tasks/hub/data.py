@@ -3,7 +3,7 @@
 A local folder has the files as the hub has them (`hf download`, or a snapshot of the hub's cache),
 in parquet, jsonl or json; an official zip of jsonl files need not be unpacked. It is read with the
 `datasets` library's own readers, by file name, so nothing is fetched. From the hub the data is read
-as lm-eval does; what can go wrong there becomes one `FetchError` that says how to get it here.
+as by lm-eval; errors there become one `FetchError` that says how to get the data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from sparse_patch_eval.base.fetch import FetchError
 
-_HUB_SECONDS = 10  # an answer of the hub takes well under one
+_HUB_SECONDS = 10  # the hub usually answers in well under one
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Source:
         dataset: its id on the hub, "org/name".
         config: name of the configuration, or None.
         split: name of the split.
-        file: name of the file on the hub to read alone, where a dataset has no configurations.
+        file: name of the single file on the hub to read, where a dataset has no configurations.
     """
 
     dataset: str
@@ -38,7 +38,7 @@ class Source:
     file: str | None = None
 
     def download_command(self) -> str:
-        """What to run on a machine that reaches the hub."""
+        """The download command for a machine that reaches the hub."""
         folder = f"DATA_DIR/{self.dataset.replace('/', '__')}"
         return f"hf download {self.dataset} --repo-type dataset --local-dir {folder}"
 
@@ -54,9 +54,9 @@ def read(source: Source, data_dir: Path | None) -> Any:
     """The documents of a source, as a `datasets.Dataset`.
 
     Raises:
-        FetchError: nothing that looks like it is in `data_dir`; says which files were looked for.
-        OSError: a file there that cannot be read, or is empty; names it.
-        Whatever `datasets` raises of the hub: `hub_errors` explains it, as it does an OSError.
+        FetchError: `data_dir` has no matching file; says which files were looked for.
+        OSError: a file there cannot be read, or is empty; names it.
+        Other errors of `datasets` on the hub, which `hub_errors` explains, as it does an OSError.
     """
     import datasets
 
@@ -65,32 +65,32 @@ def read(source: Source, data_dir: Path | None) -> Any:
         return datasets.load_dataset(
             source.dataset, source.config, data_files=files, split=source.split
         )
-    # load_dataset("json") would tell a server of the hub about every use, local files or not.
-    found = _local(source, data_dir)
-    kind = "parquet" if found[0].endswith(".parquet") else "json"
+    # load_dataset("json") would report every use to a server of the hub, even of local files.
+    paths = _local(source, data_dir)
+    kind = "parquet" if paths[0].endswith(".parquet") else "json"
     reader = getattr(datasets.Dataset, f"from_{kind}")
     try:
-        return reader(found, split=source.split)
+        return reader(paths, split=source.split)
     except (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration) as error:
-        # StopIteration: `datasets` looks for the first line of a file that has none.
+        # StopIteration: `datasets` reads the first line of an empty file.
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or "no documents in it"
-        raise OSError(f"{', '.join(found)}: {reason}") from error
+        raise OSError(f"{', '.join(paths)}: {reason}") from error
 
 
 @contextmanager
 def hub_errors(
     task: str, source: Source, data_dir: Path | None, advice: str | None = None
 ) -> Iterator[None]:
-    """Turn what goes wrong inside the block with a task's data into one kind of error.
+    """Turn errors with a task's data inside the block into one kind of error.
 
     Args:
         task, source: what is read, for the message.
-        data_dir: where from; None asks the hub first whether it is there.
-        advice: how to get the data, where it is not the usual way.
+        data_dir: folder of the data; None: the hub, which is asked first.
+        advice: how to get the data, if not in the usual way.
 
     Raises:
-        FetchError: the data cannot be reached, read, or lacks a column the task needs.
+        FetchError: the data cannot be reached or read, or lacks a column that the task needs.
     """
     from datasets.exceptions import DatasetsError
     from jinja2 import UndefinedError
@@ -105,11 +105,11 @@ def hub_errors(
     except FetchError:
         raise
     except (DatasetsError, OSError) as error:
-        verb = "be had from the hub" if data_dir is None else "be read"
+        verb = "be fetched from the hub" if data_dir is None else "be read"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FetchError(f"{where} cannot {verb} ({reason}). {advice}") from error
     except (UndefinedError, LookupError, ValueError) as error:
-        # How lm-eval and datasets take a configuration, a split or a column that is not there.
+        # Raised by lm-eval and datasets for a missing configuration, split or column.
         raise FetchError(
             f"{where}, configuration {source.config!r}, split {source.split!r}: not in the form "
             f"this task reads ({type(error).__name__}: {error}). {advice}"
@@ -117,7 +117,7 @@ def hub_errors(
 
 
 def local_folder(data_dir: Path) -> Path:
-    """The folder that `--data-dir` means; a FetchError where it is none."""
+    """The folder of `--data-dir`; a FetchError if there is none."""
     folder = Path(os.path.expanduser(data_dir))
     if not folder.is_dir():
         raise FetchError(f"--data-dir {folder} is not a folder")
@@ -147,7 +147,7 @@ def _local(source: Source, data_dir: Path) -> list[str]:
 
 
 def _roots(dataset: str, data_dir: Path) -> list[Path]:
-    """Folders a dataset may be in: ours, by plain name, and the snapshots of a hub cache."""
+    """Possible folders of a dataset: ours, by plain name, and the snapshots of a hub cache."""
     org, name = dataset.split("/")
     snapshots = (data_dir / f"datasets--{org}--{name}" / "snapshots").glob("*")
     newest = sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True)
@@ -155,7 +155,7 @@ def _roots(dataset: str, data_dir: Path) -> list[Path]:
 
 
 def _patterns(source: Source) -> list[str]:
-    """File names of a split, below a dataset's folder: what `push_to_hub` writes, then plain."""
+    """File names of a split below a dataset's folder: those of `push_to_hub`, then plain ones."""
     config, split = source.config, source.split
     endings = (".parquet", ".jsonl", ".json")
     if config is None:
@@ -176,26 +176,26 @@ def _packed(archive: Path, source: Source) -> str | None:
     """The address of a split's jsonl inside an official zip, as `datasets` reads it."""
     if not archive.is_file():
         return None
-    wanted = {
+    names = {
         f"data/{source.config or source.split}.jsonl",
         f"{source.config or source.split}.jsonl",
     }
     try:
         with zipfile.ZipFile(archive) as opened:
-            found = sorted(wanted.intersection(opened.namelist()))
+            members = sorted(names.intersection(opened.namelist()))
     except zipfile.BadZipFile as error:
         raise OSError(f"{archive}: {error}") from error
-    return f"zip://{found[0]}::{archive}" if found else None
+    return f"zip://{members[0]}::{archive}" if members else None
 
 
 def _ask_hub(source: Source) -> None:
-    """One quick question, because `load_dataset` retries for half a minute, and per task.
+    """Ask the hub once, because `load_dataset` retries for half a minute, for every task.
 
-    Nothing is asked when the hub is switched off, or when `datasets` has something of that
-    organisation in its cache: it then answers by itself.
+    Nothing is asked when the hub is switched off, or when `datasets` has cached something of that
+    organisation, which it then uses.
 
     Raises:
-        ConnectionError: no hub, or no such dataset there.
+        ConnectionError: the hub is not reachable, or has no such dataset.
     """
     import datasets
     from huggingface_hub import HfApi, constants
@@ -205,5 +205,5 @@ def _ask_hub(source: Source) -> None:
         return
     try:
         HfApi().dataset_info(source.dataset, timeout=_HUB_SECONDS)
-    except Exception as error:  # the HTTP library's own kinds, which change with its version
+    except Exception as error:  # the HTTP library's error types change with its version
         raise ConnectionError(str(error)) from error

@@ -1,4 +1,4 @@
-"""What we change in lm-eval's definitions of the hub benchmarks, and why.
+"""Our changes to lm-eval's definitions of the hub benchmarks, with reasons.
 
 Each function takes a task's configuration as lm-eval 0.4.13 has it and returns the fields to
 replace. Sources: the authors' repositories (THUDM/LongBench `config/`, `pred.py`, `eval.py`;
@@ -27,7 +27,7 @@ _JOINTS = {
     "repobench-p": ("Next line of code:", "Next line of code:\n"),
 }
 _ROOMS = {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
-# The answers that exist, for the BABILong tasks for which we know the authors' list.
+# All possible answers of the BABILong tasks for which the authors' list is known.
 _BABILONG_LABELS = {
     **{f"qa{n}": _ROOMS for n in (1, 2, 3, 4)},
     "qa5": {"bill", "fred", "jeff", "mary", "apple", "football", "milk"},
@@ -51,15 +51,15 @@ def longbench(base: Config) -> Config:
 
 
 def longbench2(base: Config) -> Config:
-    """Nothing: scored by the likelihood of the four letters, as lm-eval does."""
+    """No change: scored by the likelihood of the four letters, as in lm-eval."""
     return {}
 
 
 def infinitebench(base: Config) -> Config:
     """No stop at the first newline, and ROUGE without stemming, as in `compute_scores.py`.
 
-    The prompts end without an answer prefix, so a model may well begin with a newline, which
-    lm-eval's stop turns into an empty answer.
+    The prompts end without an answer prefix, so a model may begin with a newline, which lm-eval's
+    stop turns into an empty answer.
     """
     changed: Config = {"generation_kwargs": {**base["generation_kwargs"], "until": []}}
     if base["task"].endswith("longbook_sum_en"):
@@ -89,8 +89,8 @@ def _longbench_prompt(template: str, name: str) -> str:
     """A template for both forms of the data.
 
     Xnhyacinth/LongBench, which lm-eval reads, comes with the prompt already in its columns: context
-    + question + answer_prefix is the official prompt. (lm-eval puts its own around it once more.)
-    In the authors' files `context` and `input` are bare.
+    + question + answer_prefix is the official prompt. (lm-eval adds its own once more.) The
+    authors' files have only `context` and `input`.
     """
     bare = template.replace(*_JOINTS.get(name, ("", "")))
     bare = bare.replace("{{question}}", "{{question if question is defined else input}}")
@@ -128,9 +128,9 @@ def _only_label(labels: set[str]) -> Scorer:
     """
 
     def only_label(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-        said = re.split(r"\.|<context>|<example>", results[0].lower())[0]
+        sentence = re.split(r"\.|<context>|<example>", results[0].lower())[0]
         named = {label for label in labels if label in doc["question"].lower()}
-        found = {label for label in labels if label in said} - named
-        return {"acc": float(found == {doc["target"].lower()})}
+        answers = {label for label in labels if label in sentence} - named
+        return {"acc": float(answers == {doc["target"].lower()})}
 
     return only_label

@@ -1,4 +1,4 @@
-"""Make one task of a hub benchmark: lm-eval's definition, our changes, and where its data is."""
+"""Build one task of a hub benchmark: lm-eval's definition, our changes, and its data."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def load_task(
     Args:
         benchmark: an entry of `HUB` that has the task.
         task: lm-eval's name of it.
-        data_dir, metadata: as for `benchmarks.load_tasks`; lengths are checked already.
+        data_dir, metadata: as for `benchmarks.load_tasks`; lengths are already checked.
 
     Raises:
-        FetchError: data cannot be had or read.
+        FetchError: data cannot be fetched or read.
         ValueError: RULER without a tokenizer.
     """
     source = benchmark.tasks[task]
@@ -67,7 +67,9 @@ def _load_ruler(
     benchmark: Benchmark, task: str, data_dir: Path | None, metadata: dict[str, Any]
 ) -> Any:
     if not isinstance(metadata.get("tokenizer"), str):
-        raise ValueError(f"{task} sizes its prompts in tokens: metadata needs a tokenizer's name")
+        raise ValueError(
+            f"{task} measures its prompts in tokens: metadata needs a tokenizer's name"
+        )
     if metadata["tokenizer"] in ("smollm2", "gemma3-270m"):
         from sparse_patch_eval.inputs.models import packaged
 
@@ -88,9 +90,9 @@ def _load_ruler(
 
 
 def without_remote_code() -> None:
-    """Let lm-eval's task generators load tokenizers without a repository's code.
+    """Make lm-eval's task generators load tokenizers without a repository's code.
 
-    They ask for it, whatever the user said (lm-eval 0.4.13).
+    They always allow it, whatever the user set (lm-eval 0.4.13).
     """
     for name in ("lm_eval.tasks.ruler.common_utils", "lm_eval.tasks.babilong.common_utils"):
         vars(import_module(name))["AutoTokenizer"] = _PlainTokenizer
@@ -110,19 +112,19 @@ class _PlainTokenizer:
 def _check_vt_tokenizer(name: str) -> None:
     """Refuse a tokenizer with which lm-eval's ruler_vt never returns.
 
-    Its worked example must fit into 500 tokens: 931 characters at the least.
+    Its worked example of at least 931 characters must fit into 500 tokens.
     """
     text = "The grass is green. The sky is blue. The sun is yellow. Here we go."
     tokens = len(_PlainTokenizer.from_pretrained(name)(text)["input_ids"])
     if len(text) < 2 * tokens:
         raise ValueError(
             f"ruler_vt does not work with the tokenizer {name}, which needs {tokens} tokens for "
-            f"{len(text)} characters: lm-eval would search for ever; use our own `ruler`"
+            f"{len(text)} characters: lm-eval would never return; use our own `ruler`"
         )
 
 
 def _ruler_needs(task: str) -> str:
-    """What lm-eval fetches for a RULER task, and the way around; empty if nothing."""
+    """What lm-eval fetches for a RULER task, and the alternative; empty if it fetches nothing."""
     instead = "Our own `ruler` tasks need no network."
     if task in ESSAY_TASKS:
         return (
@@ -136,7 +138,7 @@ def _ruler_needs(task: str) -> str:
 
 
 def _build(benchmark: Benchmark, task: str, data: dict[str, Any], metadata: dict[str, Any]) -> Any:
-    """The lm-eval task of a definition with our fields laid over it."""
+    """The lm-eval task of a definition with our changed fields."""
     import lm_eval.tasks
 
     without_remote_code()
@@ -161,8 +163,8 @@ def _joined(parts: dict[int, Source], data_dir: Path | None, **_: Any) -> dict[s
 
     loaded = []
     for length, source in parts.items():
-        one = read(source, data_dir)
-        loaded.append(one.add_column("max_length", [length] * len(one)))
+        part = read(source, data_dir)
+        loaded.append(part.add_column("max_length", [length] * len(part)))
     return {source.split: datasets.concatenate_datasets(loaded)}
 
 

@@ -1,4 +1,4 @@
-"""Which benchmarks of the hub we know, and what each of their tasks needs."""
+"""The known benchmarks of the hub, and the needs of each of their tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Benchmark:
     Attributes:
         name: of the benchmark, also where this entry is a single task.
         summary: one line.
-        folder: of lm-eval's definitions, below its `tasks`.
+        folder: folder of lm-eval's definitions, below its `tasks`.
         tasks: lm-eval task name -> where its data is; None where lm-eval makes the data itself.
         packages: module to import -> what to `pip install` for it.
         lengths: does a task exist in several lengths (`metadata["max_seq_lengths"]`)?

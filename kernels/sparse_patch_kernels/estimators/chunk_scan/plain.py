@@ -19,7 +19,7 @@ def scan_chunks(
         queries: `[heads, blocks, groups, dim]`, in k's dtype or float32.
         k: `[kv_heads, kv_len, dim]`.
         starts: int64 `[1 or heads, blocks, n]`, where chunks of `chunk` tokens begin, ascending.
-        limit: int64 `[blocks]`: an interval that begins after it is not looked at.
+        limit: int64 `[blocks]`: intervals that begin after it are not scanned.
         end: int64 `[blocks]`: chunks are cut off here.
 
     Returns:
@@ -29,15 +29,15 @@ def scan_chunks(
     best = torch.full((heads, *starts.shape[1:]), float("-inf"), device=starts.device)
     step = max(1, TILE_ELEMENTS // (heads * max(1, starts.shape[2]) * 2 * dim))
     for first in range(0, blocks, step):
-        some = slice(first, first + step)
-        # Starts ascend: those in sight come first.
-        n = int((starts[:, some] <= limit[some, None]).sum(-1).max())
-        best[:, some, :n] = _scan(
-            queries[:, some].float(),
+        tile = slice(first, first + step)
+        # Starts ascend, so the ones up to the limit come first.
+        n = int((starts[:, tile] <= limit[tile, None]).sum(-1).max())
+        best[:, tile, :n] = _scan(
+            queries[:, tile].float(),
             k,
-            starts[:, some, :n].expand(heads, -1, -1),
-            limit[some, None],
-            end[some, None],
+            starts[:, tile, :n].expand(heads, -1, -1),
+            limit[tile, None],
+            end[tile, None],
             chunk,
         )
     return best
@@ -48,7 +48,7 @@ def _scan(
 ) -> Tensor:
     right = torch.minimum(left + chunk, end)
     best = torch.full(left.shape, float("-inf"), device=left.device)
-    # The authors scan once more where nothing is left to halve: that key has been scored.
+    # The authors scan once more at a single key, which has been scored already.
     for _ in range(max(1, (chunk - 1).bit_length())):
         active = (left < right) & (left <= limit)
         middle = (left + right) // 2

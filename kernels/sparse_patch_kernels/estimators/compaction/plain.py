@@ -1,4 +1,4 @@
-"""Index lists of what a mask marks."""
+"""Index lists of the marked entries of a mask."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ...dispatch import has_kernel, has_native
 
-_AT_ONCE = 1 << 20  # entries that are sorted together on a CPU
+_AT_ONCE = 1 << 20  # entries sorted together on a CPU
 
 
 def lists_at_once(x: Tensor) -> Iterator[slice]:
-    """Which lists of `x [lists, ...]` to sort together: on a CPU no more than a few MiB of them.
+    """Slices of `x [lists, ...]` to sort together: on a CPU a few MiB each.
 
-    A sort answers in int64 and has copies beside it, several times the memory of what is kept.
+    A sort returns int64 and makes copies, several times the memory of the result.
     """
     lists = x.shape[0]
     step = lists if x.device.type != "cpu" else max(1, _AT_ONCE // max(1, x[:1].numel()))
@@ -25,21 +25,21 @@ def lists_at_once(x: Tensor) -> Iterator[slice]:
 @has_kernel
 @has_native
 def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row of a mask is true.
+    """The indices at which each row of a mask is true.
 
     Args:
         mask: bool `[lists, rows, n]`.
 
     Returns:
-        int32 `[lists, rows, m]`, the marked entries of each row, ascending, then padding from
-        `[0, n)`; and int32 `[lists, rows]`, how many there are. `m` is at most `n` and no less
-        than the largest count.
+        int32 `[lists, rows, m]`, the marked entries of each row, ascending, then padding from `[0,
+        n)`; and int32 `[lists, rows]`, their number. `m` is at most `n` and at least the largest
+        count.
     """
     count = mask.sum(-1, dtype=torch.int32)
     longest = max(1, int(count.max()))
     index = torch.empty(*count.shape, longest, dtype=torch.int32, device=mask.device)
-    for some in lists_at_once(mask):
+    for part in lists_at_once(mask):
         # A stable sort by "not marked" puts the marked ones first and keeps them ascending.
-        order = mask[some].logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
-        index[some] = order[..., :longest]
+        order = mask[part].logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+        index[part] = order[..., :longest]
     return index, count

@@ -41,6 +41,6 @@ def grouped_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def pool_sum(x: Tensor, block: int) -> Tensor:
     """Sum of each block of the last axis: `[..., n]` -> `[..., ceil(n / block)]`."""
     pad = -x.shape[-1] % block
-    if pad:  # a pad of nothing would copy
+    if pad:  # even an empty pad would copy
         x = torch.nn.functional.pad(x, (0, pad))
     return x.reshape(*x.shape[:-1], -1, block).sum(-1)

@@ -1,4 +1,4 @@
-"""What a few queries give to each key, to each distance and to each block."""
+"""Attention of a few queries to each key, each distance and each block."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def probe_lines(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     kv_heads, kv_len, _ = k.shape
     grouped = (q.float() * scale).view(kv_heads, -1, n_probe, dim)
     vertical, slash = (torch.empty(heads, kv_len, device=q.device) for _ in range(2))
-    # One head at a time, in the same memory: new memory costs more than what is done in it.
+    # One head at a time, in the same memory: allocating costs more than computing.
     logits, softmax = (torch.empty(n_probe, kv_len, device=q.device) for _ in range(2))
-    # Zeros to the left of each row: row i of the view below is then row i shifted right by
-    # n_probe - 1 - i, which lines equal distances up in columns.
+    # With zeros to the left of each row, row i of the view below is row i shifted right by n_probe
+    # - 1 - i, which aligns equal distances in columns.
     width = kv_len + n_probe - 1
     padded = torch.zeros(n_probe, width, device=q.device)
     probs = padded[:, n_probe - 1 :]
@@ -52,7 +52,7 @@ def probe_lines(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 @has_kernel
 def key_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Mean attention of a few queries to each key, none masked: float32 `[heads, kv_len]`.
+    """Mean attention of a few queries to each key, without a mask: float32 `[heads, kv_len]`.
 
     Args:
         q: `[heads, n, dim]`.

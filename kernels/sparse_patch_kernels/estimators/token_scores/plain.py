@@ -24,18 +24,18 @@ def token_scores(
 ) -> Tensor:
     """Log of the attention mass of each block pair, from real softmax rows of a sample of queries.
 
-    Only positions that are multiples of the strides take part (and the last row of a block that
-    has none). Works through a few query blocks at a time: nothing of q_len x kv_len is built.
+    Only positions that are multiples of the strides take part (and the last row of a block without
+    one). Works on a few query blocks at a time, so memory is never q_len x kv_len.
 
     Args:
         q: `[heads, q_len, dim]`, the last rows of the sequence.
         k: `[kv_heads, kv_len, dim]`.
         block: tokens per block.
-        block_k: tokens per key block, where that is another; `stride_k` divides it.
-        stride_q, stride_k: keep every so many queries, keys.
-        reduce: what a block is worth: the "sum" of its probabilities; their "max"; or the "rms",
-            root mean square over the sampled queries of what each gives the block, which puts a
-            block that few queries need much above one that many need a little.
+        block_k: tokens per key block, if different; `stride_k` divides it.
+        stride_q, stride_k: steps between scored queries, and between scored keys.
+        reduce: score of a block: the "sum" of its probabilities; their "max"; or the "rms", root
+            mean square over the sampled queries of their mass in the block, which ranks a block
+            that few queries need much above one that many need a little.
 
     Returns:
         float32 `[heads, rows, blocks]`: a row per block of the position grid that holds a query;
@@ -51,11 +51,11 @@ def token_scores(
     per_block = -(-block // stride_q)
     step = max(1, TILE_ELEMENTS // (q.shape[0] * shape[1] * per_block))
     for first in range(0, shape[0], step):
-        mine = (block_of >= first) & (block_of < first + step)
+        tile = (block_of >= first) & (block_of < first + step)
         pooled = pooled_rows(
-            q, keys, scale, rows[mine], seen[mine], width=width, largest=reduce == "max"
+            q, keys, scale, rows[tile], seen[tile], width=width, largest=reduce == "max"
         )
-        pooled = by_block(pooled, block_of[mine] - first, reduce)
+        pooled = by_block(pooled, block_of[tile] - first, reduce)
         result[:, first : first + pooled.shape[1], : pooled.shape[2]] = pooled
     return result
 
@@ -77,8 +77,8 @@ def pooled_rows(
         q: `[heads, q_len, dim]`.
         k: `[kv_heads, n_keys, dim]`.
         rows: int64 `[n]`, which rows of q, ascending.
-        seen: int64 `[n]`, how many of the keys each of them sees; one at least, ascending.
-        largest: take the log of the largest probability of `width` keys, not the sum.
+        seen: int64 `[n]`, number of first keys that each of them sees; at least one, ascending.
+        largest: return the log of the largest probability of `width` keys, not the sum.
 
     Returns:
         float32 `[heads, n, blocks]`, up to the last block that some row sees; 0 where a row sees
@@ -92,23 +92,23 @@ def pooled_rows(
     )
     step = max(1, TILE_ELEMENTS // (heads * k.shape[1]))
     for first in range(0, len(rows), step):
-        some = slice(first, first + step)
-        near, end = (int(n) for n in seen[some].aminmax())
-        end = min(-(-end // width) * width, k.shape[1])  # whole blocks: a pad would copy
-        queries = (q[:, rows[some]].float() * scale).reshape(len(k), -1, dim)
+        tile = slice(first, first + step)
+        near, end = (int(n) for n in seen[tile].aminmax())
+        end = min(-(-end // width) * width, k.shape[1])  # whole blocks, since a pad would copy
+        queries = (q[:, rows[tile]].float() * scale).reshape(len(k), -1, dim)
         logits = (queries @ keys[:, :end].mT).view(heads, -1, end)
         # Keys before `near` are visible to all of these rows.
-        late = torch.arange(near, end, device=q.device) >= seen[some][:, None]
+        late = torch.arange(near, end, device=q.device) >= seen[tile][:, None]
         logits[..., near:].masked_fill_(late, float("-inf"))
         pooled = _largest_of(logits, width) if largest else pool_sum(logits.softmax(-1), width)
-        result[:, some, : pooled.shape[2]] = pooled
+        result[:, tile, : pooled.shape[2]] = pooled
     return result
 
 
 def _largest_of(logits: Tensor, width: int) -> Tensor:
     """Log of the largest probability of every `width` keys, of logits `[heads, rows, keys]`.
 
-    In logs throughout: probabilities of a long row underflow, and would tie.
+    Computed in logs, because small probabilities underflow and would tie.
     """
     pad = -logits.shape[2] % width
     padded = torch.nn.functional.pad(logits, (0, pad), value=float("-inf"))
@@ -120,12 +120,12 @@ def _largest_of(logits: Tensor, width: int) -> Tensor:
 def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, *, block: int, stride: int) -> Tensor:
     """Log of the attention mass of each block pair, from sums along antidiagonals (XAttention).
 
-    Tokens are cut into groups of `stride`, counted from position 0; where q or k has no row for a
-    group's token, that is zero. Query group a sees key groups c <= a, with the logit
+    Tokens are cut into groups of `stride`, counted from position 0; tokens of a group without a row
+    in q or k are zero. Query group a sees key groups c <= a, with the logit
 
         scale / stride * sum_p q[a * stride + stride - 1 - p] . k[c * stride + p]
 
-    and a block is worth the probabilities of its (block / stride) x (block / stride) group pairs.
+    and a block's mass is the sum over its (block / stride) x (block / stride) group pairs.
 
     Args:
         q: `[heads, q_len, dim]`, the last rows of the sequence.
@@ -138,7 +138,7 @@ def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, *, block: int, strid
         float32 `[heads, rows, blocks]`: a row per block of the position grid that holds a query;
         -inf at blocks after it.
     """
-    # A group is one token of stride * dim numbers, so groups are scored as tokens are.
+    # A group is one token with stride * dim channels, so groups are scored like tokens.
     queries = _groups(q, stride, (k.shape[1] - q.shape[1]) % stride).flatten(2)
     keys = _groups(k, stride, 0).flip(2).flatten(2)
     return token_scores(queries, keys, scale / stride, block=block // stride)
@@ -147,7 +147,7 @@ def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, *, block: int, strid
 def _groups(x: Tensor, stride: int, before: int) -> Tensor:
     """`[heads, n, dim]` -> `[heads, groups, stride, dim]`, after `before` rows of zeros."""
     after = -(before + x.shape[1]) % stride
-    if before or after:  # a pad of nothing would copy
+    if before or after:  # even an empty pad would copy
         x = torch.nn.functional.pad(x, (0, 0, before, after))
     return x.reshape(x.shape[0], -1, stride, x.shape[2])
 
@@ -159,16 +159,16 @@ def sampled_rows(
     row = torch.arange(q_len, device=device)
     block_of = (row + offset) // block - offset // block
     taken = (row + offset) % stride == shift
-    some = torch.zeros(int(block_of[-1]) + 1, dtype=torch.bool, device=device)
-    some[block_of[taken]] = True
+    has_sample = torch.zeros(int(block_of[-1]) + 1, dtype=torch.bool, device=device)
+    has_sample[block_of[taken]] = True
     ends = torch.ones_like(taken)
     ends[:-1] = block_of[1:] != block_of[:-1]
-    taken |= ends & ~some[block_of]
+    taken |= ends & ~has_sample[block_of]
     return row[taken], block_of[taken]
 
 
 def by_block(pooled: Tensor, block_of: Tensor, reduce: str) -> Tensor:
-    """What `pooled_rows` gives `[heads, rows, n]` -> log mass `[heads, blocks of rows, n]`."""
+    """The result of `pooled_rows`, `[heads, rows, n]`, -> log mass `[heads, blocks of rows, n]`."""
     heads, _, n = pooled.shape
     shape = heads, int(block_of[-1]) + 1, n
     index = block_of[None, :, None].expand(heads, -1, n)

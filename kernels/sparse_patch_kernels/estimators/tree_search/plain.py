@@ -23,8 +23,8 @@ def search_leaves(q: Tensor, k: Tensor, scale: float, tree: Tree) -> tuple[Tenso
         tree: how to search.
 
     Returns:
-        int32 `[heads, blocks, ceil(mask_k / block_k)]`, ascending, and `[heads, blocks]`, how many
-        of them hold; the rest is padding.
+        int32 `[heads, blocks, ceil(mask_k / block_k)]`, ascending, and `[heads, blocks]`, the
+        number of valid ones; the rest is padding.
     """
     heads, q_len, dim = q.shape
     group, q_offset, device = heads // k.shape[0], k.shape[1] - q_len, q.device
@@ -36,13 +36,13 @@ def search_leaves(q: Tensor, k: Tensor, scale: float, tree: Tree) -> tuple[Tenso
     keys = k[:, tree.sink : tree.sink + int(n_leaves.max()) * tree.block_k]
     keys = keys.view(k.shape[0], -1, tree.block_k, dim)[:, :, :: tree.stride_k]
     rows = tree.sampled_rows(q_len).to(device)
-    # So many pairs of a query block and a head at a time that their gathered keys fit a tile.
+    # Pairs of a query block and a head per step, so that their gathered keys fit a tile.
     step = max(1, TILE_ELEMENTS // (2 * chunks * keys.shape[2] * dim))
     for rounds, blocks in tree.by_rounds(n_leaves):
         for part in torch.split(torch.cartesian_prod(blocks, torch.arange(heads)), step):
             n = n_leaves[part[:, 0]]
             width = chunks
-            if rounds == 1 and tree.init == "floor":  # scores every leaf: two a chunk will do
+            if rounds == 1 and tree.init == "floor":  # scores every leaf: two per chunk suffice
                 width = min(chunks, -(-int(n.max()) // 2))
             edges = tree.edges(n, width).to(device)
             block, head = part.to(device).unbind(1)
@@ -62,7 +62,7 @@ def _descend(tree: Tree, score: _LeafScorer, edges: Tensor, rounds: int) -> tupl
     """Search from the chunks between `edges [n, chunks + 1]` down to leaves.
 
     Returns:
-        int32 `[n, tree.keep]`, the leaves, ascending, and `[n]`, how many of them hold.
+        int32 `[n, tree.keep]`, the leaves, ascending, and `[n]`, the number of valid ones.
     """
     start, size = edges[:, :-1], edges.diff()
     for last_round in [False] * (rounds - 1) + [True]:
@@ -76,7 +76,7 @@ def _descend(tree: Tree, score: _LeafScorer, edges: Tensor, rounds: int) -> tupl
         order = scores.argsort(dim=-1, descending=True, stable=True)
         best = order[:, : tree.keep if last_round else edges.shape[1] - 1].sort(dim=-1).values
         start, size = start.gather(1, best), size.gather(1, best)
-    # Aligned chunks may leave too few: what is empty goes to the end.
+    # Aligned chunks may give too few leaves: empty ones go to the end.
     order = (size == 0).to(torch.uint8).argsort(dim=-1, stable=True)
     return start.gather(1, order).int(), size.sum(-1, dtype=torch.int32)
 
@@ -86,7 +86,7 @@ class _LeafScorer:
     """Scores the leaves of n (query block, head) pairs.
 
     Attributes:
-        tree: says where leaves lie and which of their keys are sampled.
+        tree: the positions of leaves and of their sampled keys.
         queries: float32 `[n, rows, dim]`, scaled.
         limit: int64 `[n, rows]`, ascending: the latest key that counts for a row; None: all do.
         keys: `[kv_heads, leaves, sampled keys, dim]`.
@@ -102,8 +102,8 @@ class _LeafScorer:
     def __call__(self, leaf: Tensor) -> Tensor:
         """float32 `[n, m]`: max of q . k over rows and keys, for leaves `leaf [n, m]`.
 
-        A leaf out of every row's limit gets the lowest finite number. An index past the last leaf
-        is taken for it.
+        A leaf past every row's limit gets the lowest finite number. An index past the last leaf
+        means the last leaf.
         """
         leaf = leaf.clamp(max=self.keys.shape[1] - 1)
         scores = dot(self.queries, self.keys[self.kv_head, leaf].float())
