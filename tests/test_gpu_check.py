@@ -236,6 +236,7 @@ def test_an_op_that_is_wrong_fails(stage, monkeypatch, wrong):
 
 
 STRIDED = {"block_size": 16, "gamma": 0.6, "stride": 4}
+PLANS = 2 * len(TOY.method_lengths)  # in two dtypes
 
 
 def verdicts_of_plans(stage):
@@ -244,7 +245,7 @@ def verdicts_of_plans(stage):
 
 
 def test_a_method_s_plans_are_compared(stage):
-    assert verdicts_of_plans(stage) == [True] * 4
+    assert verdicts_of_plans(stage) == [True] * PLANS
 
 
 def test_an_op_that_is_wrong_on_a_method_s_plan_fails(stage, monkeypatch):
@@ -252,7 +253,7 @@ def test_an_op_that_is_wrong_on_a_method_s_plan_fails(stage, monkeypatch):
         return block_sparse_attention(*tensors, **more) + 0.01
 
     monkeypatch.setattr(methods, "block_sparse_attention", wrong)
-    assert verdicts_of_plans(stage) == [False] * 4
+    assert verdicts_of_plans(stage) == [False] * PLANS
 
 
 def test_a_plan_that_is_not_the_cpu_s_fails(stage, monkeypatch):
@@ -263,7 +264,7 @@ def test_a_plan_that_is_not_the_cpu_s_fails(stage, monkeypatch):
         return right(self, q, k if len(calls) % 2 else -k, **more)
 
     monkeypatch.setattr(kind, "plan", plan)
-    assert verdicts_of_plans(stage) == [False] * 4
+    assert verdicts_of_plans(stage) == [False] * PLANS
 
 
 def test_a_method_that_is_wrong_in_a_model_is_named(stage, monkeypatch):
