@@ -29,6 +29,12 @@ def fresh(monkeypatch, tmp_path):
     native._kernel.cache_clear()
 
 
+@pytest.fixture
+def unoptimized(monkeypatch):
+    """For tests of when a library is built, and by whom: a third of the time to compile."""
+    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-O0"))
+
+
 def attend(dtype=torch.float32):
     shape = SHAPES[1]
     q, k, v = inputs(shape, dtype)
@@ -125,7 +131,7 @@ def test_nothing_is_read_that_was_not_written(fresh, monkeypatch):
 
 
 @needs_compiler
-def test_it_is_compiled_once(fresh, monkeypatch):
+def test_it_is_compiled_once(fresh, unoptimized, monkeypatch):
     want = attend()
     (library,) = fresh.iterdir()
     native._kernel.cache_clear()
@@ -135,7 +141,9 @@ def test_it_is_compiled_once(fresh, monkeypatch):
 
 
 @needs_compiler
-def test_other_source_flags_or_compiler_make_another_library(fresh, monkeypatch, tmp_path):
+def test_other_source_flags_or_compiler_make_another_library(
+    fresh, unoptimized, monkeypatch, tmp_path
+):
     names = {building.build("attention").name}
     monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-DNDEBUG"))
     names.add(building.build("attention").name)
@@ -150,7 +158,11 @@ def test_other_source_flags_or_compiler_make_another_library(fresh, monkeypatch,
 
 @needs_compiler
 def test_processes_may_compile_at_the_same_time(fresh):
-    code = "from sparse_patch_kernels.cpu import native; print(native._kernel() is not None)"
+    code = """
+from sparse_patch_kernels.cpu import building, native
+building._FLAGS += ("-O0",)
+print(native._kernel() is not None)
+"""
     path = os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     both = [
@@ -178,7 +190,7 @@ def give_away(path, monkeypatch):
 
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
-def test_the_cache_is_private_whatever_the_umask(fresh):
+def test_the_cache_is_private_whatever_the_umask(fresh, unoptimized):
     before = os.umask(0)
     try:
         library = building.build("attention")
@@ -191,7 +203,7 @@ def test_the_cache_is_private_whatever_the_umask(fresh):
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
 @pytest.mark.parametrize("mode", [0o720, 0o702])
-def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, mode):
+def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, unoptimized, mode):
     library = building.build("attention")
     library.write_bytes(b"planted")
     library.chmod(mode)
@@ -204,7 +216,7 @@ def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, mod
 
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt" or not is_root(), reason="only root can give a file away")
-def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh):
+def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh, unoptimized):
     library = building.build("attention")
     library.write_bytes(b"planted")
     os.chown(library, 12345, 12345)
@@ -215,7 +227,7 @@ def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh):
 
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
-def test_a_cache_folder_of_another_user_is_not_used(fresh, monkeypatch):
+def test_a_cache_folder_of_another_user_is_not_used(fresh, unoptimized, monkeypatch):
     building.build("attention")
     give_away(fresh, monkeypatch)
     with pytest.raises(PermissionError, match=r"kernels is another user's.*SPARSE_PATCH_CACHE"):
