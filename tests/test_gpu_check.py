@@ -74,6 +74,7 @@ def dry_run(tmp_path_factory):
     return json.loads((folder / "gpu_toy.json").read_text()), (folder / "gpu_toy.md").read_text()
 
 
+@pytest.mark.wide
 def test_a_dry_run_does_every_item_of_every_stage(dry_run):
     results, text = dry_run
     rows = results["rows"]
@@ -101,6 +102,7 @@ def test_a_dry_run_does_every_item_of_every_stage(dry_run):
         assert not report.of_kind(rows, kind)
 
 
+@pytest.mark.wide
 def test_a_dry_run_compares_every_kernel_and_every_case(dry_run):
     rows = dry_run[0]["rows"]
     assert {row["what"] for row in report.of_kind(rows, "estimator")} == set(dispatch.KERNELS)
@@ -113,6 +115,7 @@ def test_a_dry_run_compares_every_kernel_and_every_case(dry_run):
     assert len({row["what"] for row in ops if row["dtype"] == "float16"}) > 2
 
 
+@pytest.mark.wide
 def test_a_dry_run_reports_every_target_as_measured(dry_run):
     results, text = dry_run
     names = [target["name"] for target in results["targets"]]

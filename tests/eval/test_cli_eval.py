@@ -321,6 +321,7 @@ def of_two_processes(folder, model, tmp_path_factory):
     return outputs
 
 
+@pytest.mark.wide
 def test_two_processes_share_the_samples(of_two_processes, of_one_process):
     folder, _ = of_two_processes
     _assert_same(_runs(folder), of_one_process)
@@ -329,6 +330,7 @@ def test_two_processes_share_the_samples(of_two_processes, of_one_process):
     assert all(path.read_text().splitlines() for path in logs)
 
 
+@pytest.mark.wide
 def test_two_processes_hold_one_model_together(of_two_processes, of_one_process):
     _, folder = of_two_processes
     _assert_same(_runs(folder), of_one_process)
