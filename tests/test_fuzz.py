@@ -1,12 +1,13 @@
-"""Half a minute of the fuzzer; by hand it goes on for as long as you like (`tests/fuzz.py`)."""
+"""Some seconds of the fuzzer; by hand it goes on for as long as you like (`tests/fuzz.py`)."""
+
+import pytest
 
 from tests import fuzz
 
-SECONDS = 30
 
-
-def test_random_cases_agree_with_the_reference():
-    outcomes = list(fuzz.cases(SECONDS, seed=0))
+@pytest.mark.parametrize("seconds", [10, pytest.param(30, marks=pytest.mark.wide)])
+def test_random_cases_agree_with_the_reference(seconds):
+    outcomes = list(fuzz.cases(seconds, seed=0))
     assert not [outcome.error for outcome in outcomes if outcome.error]
     kinds = {outcome.says.partition(":")[0] for outcome in outcomes}
     assert kinds == {"op", "method", "model"}

@@ -74,6 +74,7 @@ def dry_run(tmp_path_factory):
     return json.loads((folder / "gpu_toy.json").read_text()), (folder / "gpu_toy.md").read_text()
 
 
+@pytest.mark.wide
 def test_a_dry_run_does_every_item_of_every_stage(dry_run):
     results, text = dry_run
     rows = results["rows"]
@@ -101,6 +102,7 @@ def test_a_dry_run_does_every_item_of_every_stage(dry_run):
         assert not report.of_kind(rows, kind)
 
 
+@pytest.mark.wide
 def test_a_dry_run_compares_every_kernel_and_every_case(dry_run):
     rows = dry_run[0]["rows"]
     assert {row["what"] for row in report.of_kind(rows, "estimator")} == set(dispatch.KERNELS)
@@ -113,6 +115,7 @@ def test_a_dry_run_compares_every_kernel_and_every_case(dry_run):
     assert len({row["what"] for row in ops if row["dtype"] == "float16"}) > 2
 
 
+@pytest.mark.wide
 def test_a_dry_run_reports_every_target_as_measured(dry_run):
     results, text = dry_run
     names = [target["name"] for target in results["targets"]]
@@ -236,6 +239,7 @@ def test_an_op_that_is_wrong_fails(stage, monkeypatch, wrong):
 
 
 STRIDED = {"block_size": 16, "gamma": 0.6, "stride": 4}
+PLANS = 2 * len(TOY.method_lengths)  # in two dtypes
 
 
 def verdicts_of_plans(stage):
@@ -244,7 +248,7 @@ def verdicts_of_plans(stage):
 
 
 def test_a_method_s_plans_are_compared(stage):
-    assert verdicts_of_plans(stage) == [True] * 4
+    assert verdicts_of_plans(stage) == [True] * PLANS
 
 
 def test_an_op_that_is_wrong_on_a_method_s_plan_fails(stage, monkeypatch):
@@ -252,7 +256,7 @@ def test_an_op_that_is_wrong_on_a_method_s_plan_fails(stage, monkeypatch):
         return block_sparse_attention(*tensors, **more) + 0.01
 
     monkeypatch.setattr(methods, "block_sparse_attention", wrong)
-    assert verdicts_of_plans(stage) == [False] * 4
+    assert verdicts_of_plans(stage) == [False] * PLANS
 
 
 def test_a_plan_that_is_not_the_cpu_s_fails(stage, monkeypatch):
@@ -263,7 +267,7 @@ def test_a_plan_that_is_not_the_cpu_s_fails(stage, monkeypatch):
         return right(self, q, k if len(calls) % 2 else -k, **more)
 
     monkeypatch.setattr(kind, "plan", plan)
-    assert verdicts_of_plans(stage) == [False] * 4
+    assert verdicts_of_plans(stage) == [False] * PLANS
 
 
 def test_a_method_that_is_wrong_in_a_model_is_named(stage, monkeypatch):

@@ -19,6 +19,8 @@ from gpu_checks.scale import Scale
 # Seconds that must be left to begin an item, and that it may take. One that takes longer hangs: its
 # process ends, and another goes on after it.
 SHORTEST, LONGEST = 5.0, 75.0
+# So many times that in a dry run, on a machine that may have other work as well.
+INTERPRETED = 5
 
 # Stages that time nothing: they may run in several processes.
 COMPARING = ("parity", "methods")
@@ -89,7 +91,8 @@ class Stage:
         start = time.time()
         self.add("begin", item=item)
         # A thread without Python ends the process, wherever that waits.
-        faulthandler.dump_traceback_later(LONGEST, exit=True, file=2)
+        longest = LONGEST if self.scale.on_gpu else INTERPRETED * LONGEST
+        faulthandler.dump_traceback_later(longest, exit=True, file=2)
         try:
             self.need(SHORTEST)
             for row in work():

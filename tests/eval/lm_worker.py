@@ -1,12 +1,13 @@
-"""One of the processes of test_scale_out, started with the environment that torchrun gives.
+"""One of the processes of test_scale_out, as `accelerate launch` starts them.
 
 First the processes hold one model together (tensor parallel), then each has its own and a share of
-the data, as if each were on a node of its own. `lm_worker MODEL OUT` writes what it saw to
-OUT/RANK.json.
+the data, as if each were on a node of its own. `lm_worker MODEL OUT ARGUMENTS` writes what it saw
+to OUT/RANK.json, and last runs lm-eval's command line with the arguments.
 """
 
 import json
 import os
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,17 @@ def data_parallel(model):
     }
 
 
+def command_line(arguments):
+    """`python -m sparse_patch_eval.lm_eval_model`, in this process."""
+    sys.argv[1:] = arguments
+    runpy.run_module("sparse_patch_eval.lm_eval_model", run_name="__main__")
+
+
 if __name__ == "__main__":
-    model, out = sys.argv[1:]
+    model, out, *arguments = sys.argv[1:]
+    local_rank = os.environ["LOCAL_RANK"]
     found = {"tensor": tensor_parallel(model), "data": data_parallel(model)}
     (Path(out) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    os.environ["LOCAL_RANK"] = local_rank
+    command_line(arguments)
     torch.distributed.destroy_process_group()

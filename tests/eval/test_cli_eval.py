@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from sparse_patch_eval.cli.app import app
+from sparse_patch_eval.runs import wanted
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -162,6 +163,24 @@ def test_a_yaml_file_is_data(run, tmp_path, monkeypatch, text):
     assert [path.name for path in tmp_path.iterdir()] == ["eval.yaml"]
 
 
+@pytest.fixture(scope="module")
+def tasks_of_lm_eval():
+    """Lm-eval looks for its own tasks once: that takes it seconds."""
+    make, found = wanted._manager, {}
+
+    def once(*args, defaults, **more):
+        if not defaults:
+            return make(*args, defaults=False, **more)
+        if not found:
+            found["all"] = make(*args, defaults=True, **more)
+        return found["all"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wanted, "_manager", once)
+        yield
+
+
+@pytest.mark.usefixtures("tasks_of_lm_eval")
 def test_a_task_is_a_name_and_not_a_file_that_runs_code(run, words, tmp_path):
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nf = None")
     (tmp_path / "task.yaml").write_text("task: t\ncustom_dataset: !function code.f\n")
@@ -226,6 +245,7 @@ def test_a_flag_lets_code_of_a_model_run(own_code, monkeypatch):
         (["--tasks", "longbench2", "--data-dir", "/nowhere"], "/nowhere"),
     ],
 )
+@pytest.mark.usefixtures("tasks_of_lm_eval")
 def test_wrong_options_are_errors_before_anything_is_prefilled(
     run, words, tmp_path, changes, message
 ):
@@ -259,28 +279,6 @@ def test_the_committed_configurations_run(run, config, folder, model, tmp_path):
         assert len({row["task"] for row in samples}) >= 2
 
 
-def _apart(words, output, processes, *more):
-    """What a run in processes of its own writes down."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "eval")),
-    }
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [
-        sys.executable, *(launch if processes > 1 else ()), "-m", "sparse_patch_eval.cli",
-        *map(str, words), *more, "--limit", "3", "--output", str(output),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, env=environment, timeout=240, capture_output=True)
-    return _runs(output)
-
-
-@pytest.fixture(scope="module")
-def of_one_process(folder, model, tmp_path_factory):
-    output = tmp_path_factory.mktemp("one")
-    return _apart(_words(folder, model, output), output, 1)
-
-
 def _assert_same(found, expected):
     assert set(found) == set(expected)
     for method, (_, samples) in expected.items():
@@ -293,13 +291,47 @@ def _assert_same(found, expected):
             assert other["answer"] == row["answer"]
 
 
-def test_two_processes_share_the_samples(words, of_one_process, tmp_path):
-    _assert_same(_apart(words, tmp_path, 2), of_one_process)
-    logs = list(tmp_path.rglob("responses.1.jsonl"))
+@pytest.fixture(scope="module")
+def of_one_process(run, folder, model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    run(*_words(folder, model, output), "--limit", 3)
+    return _runs(output)
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(folder, model, tmp_path_factory):
+    """Folders of what two processes write: each with a model, and with one that they hold together.
+
+    One launch of torchrun for both, since most of a launch is imports.
+    """
+    outputs = [tmp_path_factory.mktemp(name) for name in ("shared", "together")]
+    more = ([], ["--model-arg", "tp_plan=auto"])
+    commands = [
+        [*map(str, _words(folder, model, output)), *options, "--limit", "3"]
+        for output, options in zip(outputs, more, strict=True)
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "eval")),
+    }
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, "-m", "tests.eval.cli_worker", json.dumps(commands)]
+    subprocess.run(command, check=True, env=environment, timeout=240, capture_output=True)
+    return outputs
+
+
+@pytest.mark.wide
+def test_two_processes_share_the_samples(of_two_processes, of_one_process):
+    folder, _ = of_two_processes
+    _assert_same(_runs(folder), of_one_process)
+    logs = list(folder.rglob("responses.1.jsonl"))
     assert logs
     assert all(path.read_text().splitlines() for path in logs)
 
 
-def test_two_processes_hold_one_model_together(words, of_one_process, tmp_path):
-    _assert_same(_apart(words, tmp_path, 2, "--model-arg", "tp_plan=auto"), of_one_process)
-    assert not list(tmp_path.rglob("responses.1.jsonl")), "one of them writes"
+@pytest.mark.wide
+def test_two_processes_hold_one_model_together(of_two_processes, of_one_process):
+    _, folder = of_two_processes
+    _assert_same(_runs(folder), of_one_process)
+    assert not list(folder.rglob("responses.1.jsonl")), "one of them writes"

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from tests.robustness.real import folder_of
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 # Two merges that tell splitting rules apart: "\n\n" before a digit stays one token, or does not.
@@ -535,8 +538,10 @@ PARAGRAPH = (
 
 
 @pytest.mark.network
-def test_the_real_smollm2_knows_english(tmp_path):
-    model, tokenizer = models.load("smollm2", cache_dir=tmp_path)
+@pytest.mark.parametrize("converted", ["once", pytest.param("anew", marks=pytest.mark.wide)])
+def test_the_real_smollm2_knows_english(tmp_path, converted):
+    cache = tmp_path if converted == "anew" else Path(folder_of("smollm2")).parent
+    model, tokenizer = models.load("smollm2", cache_dir=cache)
     ids = tokenizer(PARAGRAPH, return_tensors="pt")["input_ids"]
     assert tokenizer.decode(ids[0]) == PARAGRAPH
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -34,25 +33,19 @@ def environment(**more):
     return {**os.environ, **quiet, "PYTHONPATH": paths, **more}
 
 
-def run_all(commands):
-    """Run (command, environment) pairs side by side; all of them must end well."""
+def run(command, env):
+    """Run a command, which must end well."""
     with contextlib.ExitStack() as stack:
-        started = []
-        for command, env in commands:
-            output = stack.enter_context(tempfile.TemporaryFile("w+"))
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                env=env, cwd=ROOT, start_new_session=True, stdout=output, stderr=output,
-            )  # fmt: skip
-            stack.callback(end, process)
-            started.append((process, output))
-        deadline = time.monotonic() + SECONDS
-        for process, _ in started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(deadline - time.monotonic())
-        for process, output in started:
-            output.seek(0)
-            assert process.poll() == 0, output.read()[-6000:]
+        output = stack.enter_context(tempfile.TemporaryFile("w+"))
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            env=env, cwd=ROOT, start_new_session=True, stdout=output, stderr=output,
+        )  # fmt: skip
+        stack.callback(end, process)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS)
+        output.seek(0)
+        assert process.poll() == 0, output.read()[-6000:]
 
 
 def end(process):
@@ -76,16 +69,29 @@ def alone(model):
 
 
 @pytest.fixture(scope="module")
-def workers(model, tmp_path_factory):
-    """What two processes saw, which torchrun would start with the same environment."""
-    out = tmp_path_factory.mktemp("workers")
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = ["-m", "tests.eval.lm_worker", model, str(out)]
-    run_all(
-        (command, environment(**shared, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2"))
-        for rank in ("0", "1")
-    )
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
+def launched(model, tmp_path_factory):
+    """The folder of what two processes of `accelerate launch` wrote down.
+
+    One launch for all, since most of a launch is imports: each process does what `lm_worker` says,
+    and then runs lm-eval's command line.
+    """
+    out = tmp_path_factory.mktemp("launched")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(free_port()), "-m", "tests.eval.lm_worker", model]
+    arguments = [f"pretrained={model}", f"method={SPARSE['method']}"]
+    arguments += [f"{key}={SPARSE[key]}" for key in ("min_length", "min_queries")]
+    command = ["run", "--model", "sparse_patch", "--model_args", ",".join(arguments)]
+    command += ["--tasks", "sp_choice,sp_write,sp_perplexity", "--include_path", str(TASKS)]
+    command += ["--output_path", str(out), "--log_samples"]
+    no_file = environment(ACCELERATE_CONFIG_FILE=str(out / "none.yaml"))
+    run([*launch, str(out), *command], no_file)
+    return out
+
+
+@pytest.fixture(scope="module")
+def workers(launched):
+    return [json.loads((launched / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def assert_same_run(found, alone):
@@ -168,27 +174,12 @@ def test_statistics_of_all_processes_come_together(workers, alone):
     assert info["prefill"]["layers"][2]["calls"] == info["prefill"]["calls"] / 3
 
 
-def test_accelerate_launch_shares_the_samples_out(model, tmp_path, alone):
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += [
-        "--main_process_port",
-        str(free_port()),
-        "-m",
-        "sparse_patch_eval.lm_eval_model",
-        "run",
-    ]
-    arguments = [f"pretrained={model}", f"method={SPARSE['method']}"]
-    arguments += [f"{key}={SPARSE[key]}" for key in ("min_length", "min_queries")]
-    command = [*launch, "--model", "sparse_patch", "--model_args", ",".join(arguments)]
-    command += ["--tasks", "sp_choice,sp_write,sp_perplexity", "--include_path", str(TASKS)]
-    command += ["--output_path", str(tmp_path), "--log_samples"]
-    run_all([(command, environment(ACCELERATE_CONFIG_FILE=str(tmp_path / "none.yaml")))])
-    (results,) = tmp_path.rglob("results_*.json")
+def test_lm_evals_command_line_shares_the_samples_out(launched, alone):
+    (results,) = launched.rglob("results_*.json")
     found = json.loads(results.read_text())
     samples = {}
     for task in alone["samples"]:
-        (file,) = tmp_path.rglob(f"samples_{task}_*.jsonl")
+        (file,) = launched.rglob(f"samples_{task}_*.jsonl")
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         samples[task] = [(row["doc_id"], row["filtered_resps"]) for row in rows]
     assert_same_run({"results": found["results"], "samples": samples}, alone)

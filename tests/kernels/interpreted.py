@@ -1,7 +1,9 @@
 """Triton kernels on CPU tensors: what tests of them share."""
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,13 @@ def require_interpreter(name: str) -> ModuleType:
     module = importlib.import_module(f"sparse_patch_kernels.{name}")
     assert importlib.import_module("sparse_patch_kernels.triton.launch").INTERPRETED
     return module
+
+
+def in_both_types(values: Sequence[Any]) -> list[Any]:
+    """(value, dtype): all values in float32 and the first in float16, where the others are wide."""
+    first, *others = values
+    half = [pytest.param(value, torch.float16, marks=pytest.mark.wide) for value in others]
+    return [*((value, torch.float32) for value in values), (first, torch.float16), *half]
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -400,6 +400,7 @@ def test_local_memory_is_no_fault_where_tuning_chooses(toys):
     assert toys["spills"]["sm_80"]["other"] == []
 
 
+@pytest.mark.wide
 @needs_triton
 def test_the_quick_run_finds_no_fault_and_compiles_nothing_twice(tmp_path):
     command = ("scripts/compile_kernels.py", "--quick", "--output", str(tmp_path))

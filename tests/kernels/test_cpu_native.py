@@ -31,6 +31,12 @@ def fresh(monkeypatch, tmp_path):
         cached.cache_clear()
 
 
+@pytest.fixture
+def unoptimized(monkeypatch):
+    """For tests of when a library is built, and by whom: a third of the time to compile."""
+    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-O0"))
+
+
 def attend(dtype=torch.float32):
     shape = SHAPES[1]
     q, k, v = inputs(shape, dtype)
@@ -151,7 +157,7 @@ def test_nothing_is_read_that_was_not_written(fresh, monkeypatch, tiles):
 
 
 @needs_compiler
-def test_it_is_compiled_once(fresh, monkeypatch):
+def test_it_is_compiled_once(fresh, unoptimized, monkeypatch):
     want = attend()
     (library,) = fresh.glob("attention-*.so")
     native._library.cache_clear()
@@ -162,7 +168,9 @@ def test_it_is_compiled_once(fresh, monkeypatch):
 
 
 @needs_compiler
-def test_other_source_flags_or_compiler_make_another_library(fresh, monkeypatch, tmp_path):
+def test_other_source_flags_or_compiler_make_another_library(
+    fresh, unoptimized, monkeypatch, tmp_path
+):
     names = {building.build("attention").name}
     monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-DNDEBUG"))
     names.add(building.build("attention").name)
@@ -181,7 +189,7 @@ def test_processes_that_compile_at_the_same_time_do_it_once(fresh, tmp_path):
     """And say so on standard error; later ones find all they need."""
     log, compiler = tmp_path / "log", tmp_path / "compiler"
     real = next(filter(None, map(shutil.which, building._COMPILERS)))
-    compiler.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\nexec "{real}" "$@"\n')
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\nexec "{real}" "$@" -O0\n')
     compiler.chmod(0o700)
     code = "from sparse_patch_kernels.cpu import building as b; b.prepare(); print(b.load('lists'))"
     path = os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
@@ -218,7 +226,7 @@ def give_away(path, monkeypatch):
 
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
-def test_the_cache_is_private_whatever_the_umask(fresh):
+def test_the_cache_is_private_whatever_the_umask(fresh, unoptimized):
     before = os.umask(0)
     try:
         library = building.build("attention")
@@ -231,7 +239,7 @@ def test_the_cache_is_private_whatever_the_umask(fresh):
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
 @pytest.mark.parametrize("mode", [0o720, 0o702])
-def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, mode):
+def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, unoptimized, mode):
     library = building.build("attention")
     library.write_bytes(b"planted")
     library.chmod(mode)
@@ -244,7 +252,7 @@ def test_a_library_that_others_can_write_is_not_loaded_but_built_anew(fresh, mod
 
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt" or not is_root(), reason="only root can give a file away")
-def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh):
+def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh, unoptimized):
     library = building.build("attention")
     library.write_bytes(b"planted")
     os.chown(library, 12345, 12345)
@@ -255,7 +263,7 @@ def test_a_library_of_another_user_is_not_loaded_but_built_anew(fresh):
 
 @needs_compiler
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits")
-def test_a_cache_folder_of_another_user_is_not_used(fresh, monkeypatch):
+def test_a_cache_folder_of_another_user_is_not_used(fresh, unoptimized, monkeypatch):
     building.build("attention")
     give_away(fresh, monkeypatch)
     with pytest.raises(PermissionError, match=r"kernels is another user's.*SPARSE_PATCH_CACHE"):

@@ -6,7 +6,7 @@ from sparse_patch_kernels import dispatch
 from sparse_patch_kernels.estimators.probe import plain
 
 from sparse_patch import get_method
-from tests.kernels.interpreted import poison_empty, require_interpreter
+from tests.kernels.interpreted import in_both_types, poison_empty, require_interpreter
 from tests.kernels.structured import laid_out, scattered, sequence
 
 probe = require_interpreter("estimators.probe.kernel")
@@ -33,9 +33,8 @@ def both(name, q, k, scale, monkeypatch):
     return (got, want) if name == "probe_lines" else ((got,), (want,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["probe_lines", "key_scores"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_types(SHAPES), ids=str)
 def test_sums_of_probabilities(name, shape, dtype, monkeypatch):
     got, want = both(name, *sequence(*shape, dtype=dtype), monkeypatch)
     close = {"atol": 1e-7, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 1e-6, "rtol": 1e-4}

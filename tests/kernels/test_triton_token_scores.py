@@ -8,7 +8,7 @@ from sparse_patch_kernels import dispatch
 from sparse_patch_kernels.estimators.token_scores import plain
 
 from sparse_patch import get_method
-from tests.kernels.interpreted import poison_empty, require_interpreter
+from tests.kernels.interpreted import in_both_types, poison_empty, require_interpreter
 from tests.kernels.structured import laid_out, scattered, sequence
 
 kernels = require_interpreter("estimators.token_scores.kernel")
@@ -46,18 +46,20 @@ def tolerance(dtype):
     return {"atol": 5e-5 if dtype == torch.float32 else 2e-4, "rtol": 1e-6}
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [SHAPES[0], *(pytest.param(shape, marks=pytest.mark.wide) for shape in SHAPES[1:3])],
+    ids=str,
+)
 @pytest.mark.parametrize("reduce", ["sum", "max", "rms"])
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_every_sample_and_worth(sample, reduce, monkeypatch):
-    for shape in SHAPES[:3]:
-        with monkeypatch.context() as patch:
-            got, want = both("token_scores", *sequence(*shape), patch, reduce=reduce, **sample)
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, want, **tolerance(torch.float32))
+def test_every_sample_and_worth(sample, reduce, shape, monkeypatch):
+    got, want = both("token_scores", *sequence(*shape), monkeypatch, reduce=reduce, **sample)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, **tolerance(torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_types(SHAPES), ids=str)
 def test_every_dim(shape, dtype, monkeypatch):
     inputs = sequence(*shape, dtype=dtype)
     for params in ({"block": 32, "stride_q": 8}, {"block": 16, "stride_q": 16, "reduce": "max"}):
@@ -66,16 +68,15 @@ def test_every_dim(shape, dtype, monkeypatch):
         torch.testing.assert_close(got, want, **tolerance(dtype))
 
 
-@pytest.mark.parametrize(
-    ("shape", "block", "stride"),
-    [
-        *((shape, 16, 4) for shape in SHAPES),
-        *((shape, *sizes) for shape in SHAPES[:3] for sizes in ((32, 8), (64, 16), (16, 16))),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_antidiagonals(shape, block, stride, dtype, monkeypatch):
+ANTIDIAGONALS = [
+    *((shape, 16, 4) for shape in SHAPES),
+    *((shape, *sizes) for shape in SHAPES[:3] for sizes in ((32, 8), (64, 16), (16, 16))),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), in_both_types(ANTIDIAGONALS), ids=str)
+def test_antidiagonals(case, dtype, monkeypatch):
+    shape, block, stride = case
     inputs = sequence(*shape, dtype=dtype)
     got, want = both("antidiagonal_scores", *inputs, monkeypatch, block=block, stride=stride)
     assert got.dtype == torch.float32

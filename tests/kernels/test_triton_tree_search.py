@@ -9,7 +9,7 @@ from sparse_patch_kernels import dispatch
 from sparse_patch_kernels.estimators.tree_search import plain, search_leaves
 
 from sparse_patch import get_method
-from tests.kernels.interpreted import poison_empty, require_interpreter
+from tests.kernels.interpreted import in_both_types, poison_empty, require_interpreter
 from tests.methods.hip_cases import lists, load
 
 tree_search = require_interpreter("estimators.tree_search.kernel")
@@ -77,8 +77,7 @@ def test_lists_are_those_of_the_plain_search(q_len, kv_len, params, monkeypatch)
     same_lists(q, k, tree_of(**{**SMALL, **params}))
 
 
-@pytest.mark.parametrize("dim", [8, 24, 64, 80, 128, 192])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("dim", "dtype"), in_both_types([64, 8, 24, 80, 128, 192]), ids=str)
 def test_any_head_dim(dim, dtype, monkeypatch):
     q, k = inputs(2, 1, 20, 200, dim, dtype=dtype)
     poison_empty(monkeypatch)

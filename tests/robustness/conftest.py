@@ -5,7 +5,7 @@ import pytest
 from tests.robustness.real import as_loaded, given_back
 
 
-@pytest.fixture(params=["smollm2", "gemma3-270m"])
+@pytest.fixture(params=["smollm2", pytest.param("gemma3-270m", marks=pytest.mark.wide)])
 def real(request):
     with given_back(as_loaded(request.param)) as found:
         yield found

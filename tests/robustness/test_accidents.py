@@ -22,6 +22,14 @@ from tests.robustness.real import SPARSE, part_of, states
 pytestmark = pytest.mark.network
 
 
+@pytest.fixture(autouse=True)
+def heeds_interrupts():
+    """What a shell starts in the background (`.ci/run &`) ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Accident(Exception):
     """None of those that anybody handles."""
 

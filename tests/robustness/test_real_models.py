@@ -238,6 +238,7 @@ def test_bitsandbytes_weights(smollm2, bits):
 # --- compiling, training, copies -----------------------------------------------------------------
 
 
+@pytest.mark.wide
 def test_a_compiled_model_runs_sparse():
     folders = (ROOT, ROOT / "kernels", ROOT / "eval", os.environ.get("PYTHONPATH", ""))
     path = os.pathsep.join(map(str, folders))
