@@ -22,8 +22,9 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -146,17 +147,22 @@ def _prepared(place: grid.Place, given: Given, flex: bool) -> Callable[[int], li
     torch.set_num_threads(place["threads"])
     square = torch.randn(2048, 2048).to(dtype)
     calls: dict[str, Call] = {
-        "matmul": lambda: square @ square,
+        "matmul": partial(torch.matmul, square, square),
         SDPA: dense(q, k, v, inside.scale),
     }
     # Compiled code holds the number of threads.
     torch.compiler.reset()
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    compiled = partial(
+        torch.compile(flex_attention, dynamic=False, fullgraph=True),
+        *(q[None], k[None], v[None]),
+        scale=inside.scale,
+        enable_gqa=len(q) != len(k),
+    )
     for name, plan in plans.items():
-        calls[f"{OURS} {name}"] = _ours(q, k, v, plan, inside.scale)
+        calls[f"{OURS} {name}"] = partial(block_sparse_attention, q, k, v, plan, scale=inside.scale)
         mask = block_mask(plan, len(q)) if flex else None
         if mask is not None:
-            calls[f"{FLEX} {name}"] = _flex(compiled, q, k, v, mask, inside.scale)
+            calls[f"{FLEX} {name}"] = partial(compiled, block_mask=mask)
     for name, call in calls.items():
         if name != SDPA:
             call()  # warm up, compile
@@ -167,18 +173,6 @@ def _prepared(place: grid.Place, given: Given, flex: bool) -> Callable[[int], li
         "operations": heads * n * (n + 1) * (dim + v.shape[2]),
     }
     return lambda number: [{"seconds": in_turns(calls, number), **about}]
-
-
-def _ours(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> Call:
-    return lambda: block_sparse_attention(q, k, v, plan, scale=scale)
-
-
-def _flex(
-    compiled: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float
-) -> Call:
-    return lambda: compiled(
-        q[None], k[None], v[None], block_mask=mask, scale=scale, enable_gqa=len(q) != len(k)
-    )
 
 
 def _causal(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:

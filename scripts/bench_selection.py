@@ -21,6 +21,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,10 +33,8 @@ from sparse_patch_eval.ask.capture import Attention
 from sparse_patch_eval.base.console import user_errors
 from sparse_patch_eval.base.options import parse_length, parse_lengths
 from sparse_patch_eval.base.rows import Row, RowFile
-from sparse_patch_kernels import BlockPlan
 
 import sparse_patch
-from sparse_patch import Method
 
 # What is timed together; inputs: "made", or a model with its layer.
 AXES = ("tokens", "heads", "kv_heads", "dim", "dtype", "threads", "inputs")
@@ -123,23 +122,16 @@ def _prepared(
         for tried in ({}, *SMALLER.get(name, ())):
             method = sparse_patch.get_method(name, **tried)
             method = method if layer is None else method.for_layer(layer)
-            plan = method.plan(q, k, scale=scale, q_offset=0)
+            choose = partial(method.plan, q, k, scale=scale, q_offset=0)
+            plan = choose()
             parameters[name] = tried
             if plan is not None:
-                calls[f"plan {name}"] = _planning(method, q, k, scale)
-                calls[f"density {name}"] = _counting(plan)
+                calls[f"plan {name}"] = choose
+                calls[f"density {name}"] = partial(getattr, plan, "density")
                 density[name] = plan.density
                 break
     about = {"density": density, "options": parameters}
     return lambda number: [{"seconds": in_turns(calls, number), **about}]
-
-
-def _planning(method: Method, q: Any, k: Any, scale: float) -> Call:
-    return lambda: method.plan(q, k, scale=scale, q_offset=0)
-
-
-def _counting(plan: BlockPlan) -> Call:
-    return lambda: plan.density
 
 
 def cells(rows: Sequence[Row]) -> list[grid.Cell]:

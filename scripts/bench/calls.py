@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from gpu_checks.device import Device
@@ -57,8 +58,9 @@ def of_model(model: str, tokens: int, layers: str) -> dict[int, Attention]:
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Call:
     """A call of causal SDPA."""
-    return lambda: scaled_dot_product_attention(
-        q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True
+    inputs = (q[None], k[None], v[None])
+    return partial(
+        scaled_dot_product_attention, *inputs, is_causal=True, scale=scale, enable_gqa=True
     )
 
 
