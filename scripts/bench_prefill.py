@@ -32,7 +32,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -100,7 +100,7 @@ def main(
         peers = peer or []
         if unknown := set(peers) - set(PEERS):
             raise ValueError(f"--peer {', '.join(unknown)}: choose of {', '.join(PEERS)}")
-        least = min_length if min_length == "auto" else parse_length(min_length)
+        least: int | Literal["auto"] = "auto" if min_length == "auto" else parse_length(min_length)
         longest = parse_length(peer_longest) if peer_longest else max(wanted)
     setup = {"model": model, "dtype": dtype, "device": device, "text": text, "min_length": least}
     file = RowFile(output / "runs.jsonl", setup)
@@ -155,7 +155,7 @@ class _Bench:
         prefills: Prefills,
         methods: Mapping[str, Method],
         engines: Mapping[str, Peer],
-        min_length: int | str,
+        min_length: int | Literal["auto"],
         seed: int,
         recall_rows: int,
     ) -> None:

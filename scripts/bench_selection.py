@@ -75,7 +75,7 @@ def main(
     with user_errors():
         known = sparse_patch.list_methods()
         names = split(methods, known) if methods else known
-        heads = [tuple(map(int, shape.split("/"))) for shape in split(shapes)]
+        heads = [_heads(shape) for shape in split(shapes)]
         settings = list(
             itertools.product(split(dtypes, ("float32", "bfloat16")), map(int, split(threads)))
         )
@@ -104,6 +104,11 @@ def main(
     file = RowFile(output / "rows.jsonl", {})
     grid.fill(file, grid.missing(file.rows, places, range(rounds), complete), prepare)
     grid.publish(output, report(grid.of_places(file.rows, places)))
+
+
+def _heads(shape: str) -> tuple[int, int, int]:
+    heads, kv_heads, dim = map(int, shape.split("/"))
+    return heads, kv_heads, dim
 
 
 def _prepared(

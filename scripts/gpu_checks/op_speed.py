@@ -28,9 +28,8 @@ _SECONDS = 1.2
 
 def items(stage: Stage) -> list[tuple[str, Work]]:
     """The op at every length; its configurations at the first length come second."""
-    listed = [(f"{n:,} tokens", partial(_measure, stage, n)) for n in stage.scale.lengths]
-    listed.insert(1, ("configurations", partial(_configurations, stage)))
-    return listed
+    first, *others = ((f"{n:,} tokens", partial(_measure, stage, n)) for n in stage.scale.lengths)
+    return [first, ("configurations", partial(_configurations, stage)), *others]
 
 
 def tensors(stage: Stage, n: int) -> tuple[Tensor, Tensor, Tensor]:
