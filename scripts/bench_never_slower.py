@@ -19,23 +19,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from bench_prefill import DENSE, WARM_UP_TOKENS, rotated
+from bench import grid, options
+from bench.prefills import DENSE, WARM_UP_TOKENS, Prefills
 from sparse_patch_eval.ask.prefill import prefill
-from sparse_patch_eval.base.console import console, progress, user_errors
+from sparse_patch_eval.base.console import user_errors
 from sparse_patch_eval.base.options import parse_lengths, parse_method
 from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
-from sparse_patch_eval.inputs.models import load_for_lengths
-from sparse_patch_eval.inputs.text import long_text, passkey_prompt
+from sparse_patch_eval.inputs.text import long_text
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,109 +48,62 @@ LEAST = 0.97
 METHODS = ["strided:preset=fine", "flexprefill:gamma=0.95", "mean_pool", "hip"]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A method on one kind of input at a length: medians over rounds.
-
-    Attributes:
-        later: is it of prompts after a patch's first?
-        ratio: dense / patched; `low`, `high`: its range.
-        density: kept / causal of the sparse calls, mean; None without any.
-        exact: share of calls that ran exact.
-        reasons: exact calls by reason.
-    """
-
-    kind: str
-    length: int
-    method: str
-    later: bool
-    dense: float
-    ratio: float
-    low: float
-    high: float
-    density: float | None
-    exact: float
-    reasons: dict[str, int]
-
-    @property
-    def slower(self) -> bool:
-        return self.ratio < LEAST
-
-
 def main(
     output: Annotated[Path, typer.Option(help="Folder for runs.jsonl and table.md.")],
-    model: Annotated[
-        str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2`.")
-    ] = "smollm2",
-    method: Annotated[
-        list[str] | None, typer.Option(help="`NAME:key=value,...`; may repeat.")
-    ] = None,
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "2k,4k,8k",
+    model: options.Model = "smollm2",
+    method: options.Methods = None,
+    lengths: options.Lengths = "2k,4k,8k",
     dtypes: Annotated[str, typer.Option(help="Of the model.")] = "float32,bfloat16",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds per length.")] = 5,
     prompts: Annotated[int, typer.Option(min=1, help="Prefills of a patch in a round.")] = 2,
-    text: Annotated[str, typer.Option(help="`kjv`, `stdlib`, or a UTF-8 file.")] = "kjv",
+    text: options.Text = "kjv",
     seed: Annotated[int, typer.Option(help="Of the first prompt.")] = 0,
 ) -> None:
     """Time prefills of an unpatched model and of one patched with min_length="auto"."""
     with user_errors():
         methods = {spec: parse_method(spec) for spec in method or METHODS}
         wanted, prose = parse_lengths(lengths), long_text(text)
+    places = [{"length": n, "kind": kind} for n in wanted for kind in (TEXT, UNIFORM)]
+    whole = set(itertools.product([DENSE, *methods], range(prompts)))
+
+    def complete(place: grid.Place, rows: list[Row]) -> bool:
+        return whole <= {(row["method"], row["nth"]) for row in rows}
+
     tables = []
     for dtype in dtypes.split(","):
         setup = {"model": model, "dtype": dtype, "text": text, "prompts": prompts, "seed": seed}
         file = RowFile(output / "runs.jsonl", setup)
-        todo = [
-            (length, kind, round_)
-            for length in wanted
-            for kind in (TEXT, UNIFORM)
-            for round_ in range(repeats)
-            if not _complete(file.rows, methods, prompts, length=length, kind=kind, round=round_)
-        ]
-        with progress() as bar:
-            task = bar.add_task(f"{dtype} prefills", total=len(todo) * prompts * (1 + len(methods)))
-            for row in _measure(todo, methods, prose, setup):
-                file.add(row)
-                bar.advance(task)
-        found = cells(file.rows, wanted, list(methods))
-        tables.append(f"{markdown(found)}\n{dtype}: {describe_machines(file.rows)}\n")
-    table = "\n".join(tables)
-    (output / "table.md").write_text(table)
-    console.print(table, markup=False)
+        todo = grid.missing(file.rows, places, range(repeats), complete)
+        left = [place["length"] for place, _ in todo]
+        with user_errors():
+            prefills = Prefills(model, left, prose, dtype=dtype, device="cpu")
+            prepare = functools.partial(_prepared, prefills, methods, prompts, seed)
+            grid.fill(file, todo, prepare)
+        table = report(cells(file.rows, wanted, list(methods)))
+        tables.append(f"{table}\n{dtype}: {describe_machines(file.rows)}\n")
+    grid.publish(output, "\n".join(tables))
 
 
-def _measure(
-    todo: Sequence[tuple[int, str, int]],
-    methods: Mapping[str, Method],
-    prose: str,
-    setup: Mapping[str, Any],
-) -> Iterator[Row]:
-    """Run the rounds `(length, kind, round)` and yield a row per prefill."""
-    warmed = None
-    lengths = sorted({length for length, _, _ in todo})
-    for length, model, tokenizer in _models(setup, lengths):
+def _prepared(
+    prefills: Prefills, methods: Mapping[str, Method], prompts: int, seed: int, place: grid.Place
+) -> Callable[[int], Iterator[Row]]:
+    """A round is a row for every prefill."""
 
-        def prompt(tokens: int, number: int, tokenizer: Any = tokenizer) -> Tensor:
-            seed = setup["seed"] + number
-            return passkey_prompt(tokenizer, tokens, text=prose, seed=seed).input_ids
+    def warm_up() -> None:
+        for variant in variants(prefills.model, methods).values():
+            variant.timed(prefills.prompt(WARM_UP_TOKENS, seed))
 
-        if warmed is not model:
-            for variant in variants(model, methods).values():
-                variant.timed(prompt(WARM_UP_TOKENS, 0))
-            warmed = model
-        for _, kind, round_ in (item for item in todo if item[0] == length):
-            patched = variants(model, methods)
-            with uniform_attention(model) if kind == UNIFORM else contextlib.nullcontext():
-                for nth in range(setup["prompts"]):
-                    ids = prompt(length, round_ * setup["prompts"] + nth)
-                    for name in rotated(list(patched), round_ + nth):
-                        place = {"length": length, "kind": kind, "round": round_, "nth": nth}
-                        yield {**place, "method": name, **patched[name].timed(ids)}
+    def run(number: int) -> Iterator[Row]:
+        patched = variants(prefills.model, methods)
+        uniform = place["kind"] == UNIFORM
+        with uniform_attention(prefills.model) if uniform else contextlib.nullcontext():
+            for nth in range(prompts):
+                ids = prefills.prompt(place["length"], seed + number * prompts + nth)
+                for name in grid.turns(list(patched), number + nth):
+                    yield {"nth": nth, "method": name, **patched[name].timed(ids)}
 
-
-def _models(setup: Mapping[str, Any], lengths: list[int]) -> Iterator[tuple[int, Any, Any]]:
-    with user_errors():
-        yield from load_for_lengths(setup["model"], lengths, dtype=setup["dtype"], device="cpu")
+    prefills.at(place["length"], warm_up)
+    return run
 
 
 @dataclass(frozen=True)
@@ -208,74 +162,59 @@ def uniform_attention(model: PreTrainedModel) -> Iterator[None]:
                 weight.copy_(old)
 
 
-def _complete(rows: Sequence[Row], names: Iterable[str], prompts: int, **place: Any) -> bool:
-    mine = [row for row in rows if all(row[key] == value for key, value in place.items())]
-    done = {(row["method"], row["nth"]) for row in mine}
-    return done >= set(itertools.product([DENSE, *names], range(prompts)))
-
-
-def cells(rows: Sequence[Row], lengths: Sequence[int], names: Sequence[str]) -> list[Cell]:
+def cells(rows: Sequence[Row], lengths: Sequence[int], names: Sequence[str]) -> list[grid.Cell]:
     """In the order of the table; what no complete pair of prefills is there for is left out."""
-    # A later row of the same place replaces an earlier one: a round that was cut short is run anew.
-    fields = ("length", "kind", "round", "nth", "method")
-    latest = {tuple(row[field] for field in fields): row for row in rows}
     found = []
-    for length, kind, name, later in itertools.product(
-        lengths, (TEXT, UNIFORM), names, (False, True)
-    ):
-        pairs = [
-            (dense, row)
-            for (*place, method), row in latest.items()
-            if (row["length"], row["kind"], method) == (length, kind, name)
-            and (row["nth"] > 0) == later
-            and (dense := latest.get((*place, DENSE))) is not None
-        ]
-        if pairs:
-            found.append(_cell(kind, length, name, later, pairs))
+    for length, kind in itertools.product(lengths, (TEXT, UNIFORM)):
+        place = {"length": length, "kind": kind}
+        by_name = grid.pairs(grid.of_place(rows, place), ["round", "nth"], DENSE)
+        for name, later in itertools.product(names, (False, True)):
+            mine = [pair for pair in by_name.get(name, ()) if (pair[1]["nth"] > 0) == later]
+            if mine:
+                found.append(_cell({**place, "later": later}, name, mine))
     return found
 
 
-def _cell(kind: str, length: int, name: str, later: bool, pairs: list[tuple[Row, Row]]) -> Cell:
-    ratios = [dense["seconds"] / row["seconds"] for dense, row in pairs]
+def _cell(place: grid.Place, name: str, pairs: Sequence[tuple[Row, Row]]) -> grid.Cell:
+    """Of prefills of dense and a patched model."""
+    ratios = grid.Spread.of([dense["seconds"] / row["seconds"] for dense, row in pairs])
     densities = [row["density"] for _, row in pairs if row["density"] is not None]
     reasons: Counter[str] = Counter()
     for _, row in pairs:
         reasons.update(row["exact"])
-    exact = reasons.total()
-    return Cell(
-        kind=kind,
-        length=length,
-        method=name,
-        later=later,
-        dense=statistics.median(dense["seconds"] for dense, _ in pairs),
-        ratio=statistics.median(ratios),
-        low=min(ratios),
-        high=max(ratios),
-        density=statistics.fmean(densities) if densities else None,
-        exact=exact / max(1, exact + sum(row["sparse"] for _, row in pairs)),
-        reasons=dict(reasons.most_common()),
-    )
+    exact, sparse = reasons.total(), sum(row["sparse"] for _, row in pairs)
+    facts = {
+        "dense": statistics.median(dense["seconds"] for dense, _ in pairs),
+        "density": f"{statistics.fmean(densities):.2f}" if densities else "",
+        "exact": exact / max(1, exact + sparse),
+        "reasons": ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()),
+    }
+    seconds = statistics.median(row["seconds"] for _, row in pairs)
+    return grid.Cell(place, name, seconds, ratios, facts, ("slower",) * (ratios.median < LEAST))
 
 
-def markdown(found: Sequence[Cell]) -> str:
+def _exact(cell: grid.Cell) -> str:
+    why = cell.facts["reasons"]
+    return f"{cell.facts['exact']:.0%}" + (why and f" ({why})")
+
+
+COLUMNS: list[grid.Column] = [
+    ("tokens", "r", lambda cell: f"{cell.place['length']:,}"),
+    ("input", "l", lambda cell: cell.place["kind"]),
+    ("method", "l", lambda cell: cell.name),
+    ("prefill of a patch", "l", lambda cell: "later" if cell.place["later"] else "first"),
+    ("dense, s", "r", lambda cell: f"{cell.facts['dense']:.2f}"),
+    ("dense / patched (range)", "r", lambda cell: cell.ratio),
+    ("density", "r", lambda cell: cell.facts["density"]),
+    ("exact calls", "l", _exact),
+    ("", "l", lambda cell: ", ".join(cell.missed)),
+]
+
+
+def report(found: Sequence[grid.Cell]) -> str:
     """The table, with slower cells marked and counted."""
-    lines = [
-        "| tokens | input | method | prefill of a patch | dense, s | dense / patched (range) "
-        "| density | exact calls | |",
-        "|---:|---|---|---|---:|---:|---:|---|---|",
-    ]
-    for cell in found:
-        density = "" if cell.density is None else f"{cell.density:.2f}"
-        why = ", ".join(f"{reason} {count}" for reason, count in cell.reasons.items())
-        lines.append(
-            f"| {cell.length:,} | {cell.kind} | {cell.method} "
-            f"| {'later' if cell.later else 'first'} | {cell.dense:.2f} "
-            f"| {cell.ratio:.2f}x ({cell.low:.2f}-{cell.high:.2f}) | {density} "
-            f"| {cell.exact:.0%}{f' ({why})' if why else ''} | {'slower' if cell.slower else ''} |"
-        )
-    slower = sum(cell.slower for cell in found)
-    lines.append(f"\n{slower} of {len(found)} cells are below {LEAST}x.")
-    return "\n".join(lines) + "\n"
+    note = f"{grid.missed(found, 'slower')} of {len(found)} cells are below {LEAST}x."
+    return grid.markdown(COLUMNS, found, note)
 
 
 if __name__ == "__main__":

@@ -19,27 +19,25 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from bench_kernels import SDPA, dense, seconds_of, split
-from gpu_checks.device import Device
-from gpu_checks.inputs import keys, queries
-from sparse_patch_eval.ask.capture import Attention, capture
-from sparse_patch_eval.base.console import console, progress, user_errors
-from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length, parse_lengths
+from bench import grid, options
+from bench.calls import SDPA, Call, dense, in_turns, made, of_model, split
+from sparse_patch_eval.ask.capture import Attention
+from sparse_patch_eval.base.console import user_errors
+from sparse_patch_eval.base.options import parse_length, parse_lengths
 from sparse_patch_eval.base.rows import Row, RowFile
-from sparse_patch_eval.inputs.models import load
-from sparse_patch_eval.inputs.text import long_text, passkey_prompt
-from sparse_patch_kernels import BlockPlan
 
 import sparse_patch
-from sparse_patch import Method
 
+# What is timed together; inputs: "made", or a model with its layer.
+AXES = ("tokens", "heads", "kv_heads", "dim", "dtype", "threads", "inputs")
 MADE = "made"
 # So many tokens or more -> the largest share of SDPA's time.
 SHARES = {32768: 0.05, 8192: 0.10}
@@ -59,25 +57,12 @@ SMALLER: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What is timed together. inputs: "made", or a model with its layer."""
-
-    tokens: int
-    heads: int
-    kv_heads: int
-    dim: int
-    dtype: str
-    threads: int
-    inputs: str
-
-
 def main(
     output: Annotated[Path, typer.Option(help="Folder for rows.jsonl and table.md.")],
     lengths: Annotated[str, typer.Option(help="Tokens.")] = "2k,8k,32k",
     shapes: Annotated[str, typer.Option(help="Heads/KV heads/dim.")] = "9/3/64,8/2/128",
-    dtypes: Annotated[str, typer.Option(help="`float32`, `bfloat16`.")] = "float32,bfloat16",
-    threads: Annotated[str, typer.Option(help="Of PyTorch.")] = "1",
+    dtypes: options.Dtypes = "float32,bfloat16",
+    threads: options.Threads = "1",
     methods: Annotated[str, typer.Option(help="Names; default: all.")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Per shape.")] = 3,
     layers: Annotated[
@@ -90,35 +75,35 @@ def main(
     with user_errors():
         known = sparse_patch.list_methods()
         names = split(methods, known) if methods else known
-        settings = list(itertools.product(split(dtypes, ("float32", "bfloat16")), split(threads)))
-        made = [
-            Shape(n, heads, kv_heads, dim, dtype, int(count), MADE)
-            for n, (heads, kv_heads, dim), (dtype, count) in itertools.product(
-                parse_lengths(lengths), map(_heads, split(shapes)), settings
-            )
-        ]
-        found = _captured(model, parse_length(real_length), layers) if layers else {}
-    real = [
-        Shape(given.q.shape[1], len(given.q), len(given.k), given.q.shape[2], dtype, int(n), name)
-        for name, (_, given) in found.items()
-        for dtype, n in settings
+        heads = [_heads(shape) for shape in split(shapes)]
+        settings = list(
+            itertools.product(split(dtypes, ("float32", "bfloat16")), map(int, split(threads)))
+        )
+        tokens = parse_lengths(lengths)
+        of_layers = of_model(model, parse_length(real_length), layers) if layers else {}
+    inside = {f"{model}, layer {layer}": (layer, given) for layer, given in of_layers.items()}
+    values = [
+        *((n, *shape, *setting, MADE) for n in tokens for shape in heads for setting in settings),
+        *(
+            (x.q.shape[1], len(x.q), len(x.k), x.q.shape[2], *setting, name)
+            for name, (_, x) in inside.items()
+            for setting in settings
+        ),
     ]
+    places = [dict(zip(AXES, x, strict=True)) for x in values]
+
+    def complete(place: grid.Place, rows: list[Row]) -> bool:
+        return any(set(names) <= set(row["options"]) for row in rows)
+
+    def prepare(place: grid.Place) -> Callable[[int], list[Row]]:
+        if place["inputs"] in inside:
+            return _prepared(place, *inside[place["inputs"]], names)
+        sizes = (place[axis] for axis in ("heads", "kv_heads", "tokens", "dim"))
+        return _prepared(place, None, made(*sizes), names)
+
     file = RowFile(output / "rows.jsonl", {})
-    todo = [*made, *real]
-    with progress() as bar:
-        task = bar.add_task("shapes", total=len(todo))
-        for shape in todo:
-            bar.update(task, description=", ".join(map(str, asdict(shape).values())))
-            mine = [r for r in file.rows if _of(r, shape) and set(names) <= set(r["options"])]
-            missing = sorted(set(range(rounds)) - {row["round"] for row in mine})
-            if missing:
-                layer, given = found.get(shape.inputs, (None, None))
-                for row in _timed(shape, given or _made(shape), layer, names, missing):
-                    file.add(row)
-            bar.advance(task)
-    table = markdown([row for row in file.rows if any(_of(row, shape) for shape in todo)])
-    (output / "table.md").write_text(table)
-    console.print(table, markup=False)
+    grid.fill(file, grid.missing(file.rows, places, range(rounds), complete), prepare)
+    grid.publish(output, report(grid.of_places(file.rows, places)))
 
 
 def _heads(shape: str) -> tuple[int, int, int]:
@@ -126,161 +111,103 @@ def _heads(shape: str) -> tuple[int, int, int]:
     return heads, kv_heads, dim
 
 
-def _of(row: Row, shape: Shape) -> bool:
-    return all(row[key] == value for key, value in asdict(shape).items())
-
-
-def _made(shape: Shape) -> Attention:
-    cpu, n = Device(on_gpu=False), shape.tokens
-    return Attention(
-        queries(cpu, shape.heads, n, shape.dim, end=n, seed=0),
-        keys(cpu, shape.kv_heads, n, shape.dim, seed=1),
-        cpu.randn(shape.kv_heads, n, shape.dim, seed=2),
-        shape.dim**-0.5,
-    )
-
-
-def _captured(model: str, tokens: int, layers: str) -> dict[str, tuple[int, Attention]]:
-    """Layers by name, each with its index, from one dense prefill."""
-    lm, tokenizer = load(model, dtype="float32", device="cpu", max_length=tokens)
-    prompt = passkey_prompt(tokenizer, tokens, text=long_text("kjv"), seed=0).input_ids
-    inside = capture(lm, prompt, choose_layers(lm, parse_layers(layers))).layers
-    return {f"{model}, layer {layer}": (layer, given) for layer, given in inside.items()}
-
-
-def _timed(
-    shape: Shape, given: Attention, layer: int | None, names: Sequence[str], rounds: Sequence[int]
-) -> Iterator[Row]:
-    """A row per round; seconds of a method are those of its plan and of the plan's density.
+def _prepared(
+    place: grid.Place, layer: int | None, inside: Attention, names: Sequence[str]
+) -> Callable[[int], list[Row]]:
+    """A round is one row; seconds of a method are those of its plan and of the plan's density.
 
     Methods that keep everything, whatever is tried, have options and no seconds.
     """
-    torch.set_num_threads(shape.threads)
-    q, k, v = (x.to(getattr(torch, shape.dtype)) for x in (given.q, given.k, given.v))
-    scale = given.scale
-    calls: dict[str, Callable[[], Any]] = {SDPA: dense(q, k, v, scale)}
-    density, options = {}, {}
+    torch.set_num_threads(place["threads"])
+    dtype, scale = getattr(torch, place["dtype"]), inside.scale
+    q, k, v = (x.to(dtype) for x in (inside.q, inside.k, inside.v))
+    calls: dict[str, Call] = {SDPA: dense(q, k, v, scale)}
+    density, parameters = {}, {}
     for name in names:
         for tried in ({}, *SMALLER.get(name, ())):
             method = sparse_patch.get_method(name, **tried)
             method = method if layer is None else method.for_layer(layer)
-            plan = method.plan(q, k, scale=scale, q_offset=0)
-            options[name] = tried
+            choose = partial(method.plan, q, k, scale=scale, q_offset=0)
+            plan = choose()
+            parameters[name] = tried
             if plan is not None:
-                calls[f"plan {name}"] = _planning(method, q, k, scale)
-                calls[f"density {name}"] = _counting(plan)
+                calls[f"plan {name}"] = choose
+                calls[f"density {name}"] = partial(getattr, plan, "density")
                 density[name] = plan.density
                 break
-    order = list(calls)
-    for round_ in rounds:
-        turn = round_ * len(order) // max(1, len(rounds)) % len(order)
-        yield {
-            **asdict(shape),
-            "round": round_,
-            "seconds": {name: seconds_of(calls[name]) for name in order[turn:] + order[:turn]},
-            "density": density,
-            "options": options,
-        }
+    about = {"density": density, "options": parameters}
+    return lambda number: [{"seconds": in_turns(calls, number), **about}]
 
 
-def _planning(method: Method, q: Any, k: Any, scale: float) -> Callable[[], Any]:
-    return lambda: method.plan(q, k, scale=scale, q_offset=0)
+def cells(rows: Sequence[Row]) -> list[grid.Cell]:
+    """All methods of all shapes, in the order of the rows; those that choose nothing left out.
 
-
-def _counting(plan: BlockPlan) -> Callable[[], Any]:
-    return lambda: plan.density
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A method on a shape: medians over rounds of seconds, and of shares of SDPA's time.
-
-    growth: how many times as long as at 8k, for HiP at 32k.
+    HiP at 32k has a growth, too: how many times as long as at 8k it takes.
     """
-
-    shape: Shape
-    method: str
-    density: float
-    options: dict[str, Any]
-    plan: float
-    counting: float
-    share: float
-    low: float
-    high: float
-    growth: float | None = None
-
-    @property
-    def missed(self) -> list[str]:
-        """Targets that this cell misses."""
-        most = next((share for n, share in SHARES.items() if self.shape.tokens >= n), None)
-        found = ["share"] if most is not None and self.share > most else []
-        return found + (["growth"] if self.growth is not None and self.growth > GROWTH else [])
-
-
-def cells(rows: Sequence[Row]) -> list[Cell]:
-    """All methods of all shapes, in the order of the rows; those that choose nothing left out."""
-    fields = list(Shape.__dataclass_fields__)
-    shapes = dict.fromkeys(Shape(**{key: row[key] for key in fields}) for row in rows)
-    found: list[Cell] = []
-    short: dict[tuple[Any, ...], float] = {}
-    for shape in shapes:
-        mine = [row for row in rows if _of(row, shape)]
-        for method in dict.fromkeys(name for row in mine for name in row["density"]):
-            at = [row for row in mine if method in row["density"]]
-            plan = [row["seconds"][f"plan {method}"] for row in at]
-            counting = [row["seconds"][f"density {method}"] for row in at]
-            exact = [row["seconds"][SDPA] for row in at]
-            shares = [(a + b) / c for a, b, c in zip(plan, counting, exact, strict=True)]
-            like = tuple(x for key, x in asdict(shape).items() if key != "tokens")
-            whole = statistics.median(a + b for a, b in zip(plan, counting, strict=True))
-            if method == "hip" and shape.tokens == SHORT:
-                short[like] = whole
-            compared = method == "hip" and shape.tokens == LONG and like in short
-            found.append(
-                Cell(
-                    shape,
-                    method,
-                    at[-1]["density"][method],
-                    at[-1]["options"][method],
-                    statistics.median(plan),
-                    statistics.median(counting),
-                    statistics.median(shares),
-                    min(shares),
-                    max(shares),
-                    whole / short[like] if compared else None,
-                )
-            )
+    found = [
+        _cell(place, name, [row for row in mine if name in row["density"]])
+        for place, mine in grid.by_place(rows, AXES)
+        for name in dict.fromkeys(name for row in mine for name in row["density"])
+    ]
+    short = [cell for cell in found if cell.name == "hip" and cell.place["tokens"] == SHORT]
+    for n, cell in enumerate(found):
+        like = [x for x in short if {**cell.place, "tokens": SHORT} == x.place]
+        if like and cell.name == "hip" and cell.place["tokens"] == LONG:
+            growth = cell.seconds / like[0].seconds
+            late = ("growth",) if growth > GROWTH else ()
+            facts = {**cell.facts, "growth": f", {growth:.1f}x of 8k"}
+            found[n] = replace(cell, facts=facts, missed=(*cell.missed, *late))
     return found
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def _cell(place: grid.Place, name: str, rows: list[Row]) -> grid.Cell:
+    plan, counting = ([row["seconds"][f"{x} {name}"] for row in rows] for x in ("plan", "density"))
+    both = [a + b for a, b in zip(plan, counting, strict=True)]
+    share = grid.Spread.of([x / row["seconds"][SDPA] for x, row in zip(both, rows, strict=True)])
+    most = next((most for n, most in SHARES.items() if place["tokens"] >= n), None)
+    facts = {
+        "density": rows[-1]["density"][name],
+        "options": ", ".join(f"{key}={x}" for key, x in rows[-1]["options"][name].items()),
+        "plan": statistics.median(plan),
+        "counting": statistics.median(counting),
+        "growth": "",
+    }
+    missed = ("share",) if most is not None and share.median > most else ()
+    return grid.Cell(place, name, statistics.median(both), share, facts, missed)
+
+
+def _share(cell: grid.Cell) -> str:
+    share = cell.ratio
+    return f"{share.median:.1%} ({share.low:.1%}-{share.high:.1%}{cell.facts['growth']})"
+
+
+def _method(cell: grid.Cell) -> str:
+    parameters = cell.facts["options"]
+    return cell.name + (parameters and f" ({parameters})")
+
+
+COLUMNS: list[grid.Column] = [
+    ("tokens", "r", lambda cell: f"{cell.place['tokens']:,}"),
+    ("heads", "l", lambda cell: f"{cell.place['heads']}/{cell.place['kv_heads']}"),
+    ("dim", "r", lambda cell: cell.place["dim"]),
+    ("dtype", "l", lambda cell: cell.place["dtype"]),
+    ("threads", "r", lambda cell: cell.place["threads"]),
+    ("inputs", "l", lambda cell: cell.place["inputs"]),
+    ("method", "l", _method),
+    ("keeps", "r", lambda cell: f"{cell.facts['density']:.3f}"),
+    ("plan, ms", "r", lambda cell: f"{cell.facts['plan'] * 1e3:.1f}"),
+    ("density, ms", "r", lambda cell: f"{cell.facts['counting'] * 1e3:.1f}"),
+    ("of dense (range)", "r", _share),
+    ("misses", "l", lambda cell: ", ".join(cell.missed)),
+]
+
+
+def report(rows: Sequence[Row]) -> str:
     """The table, cells that miss a target marked, and how many do."""
-    lines = [
-        "| tokens | heads | dim | dtype | threads | inputs | method | keeps | plan, ms "
-        "| density, ms | of dense (range) | misses |",
-        "|---:|---|---:|---|---:|---|---|---:|---:|---:|---:|---|",
-    ]
     found = cells(rows)
-    for cell in found:
-        shape = cell.shape
-        options = ", ".join(f"{key}={value}" for key, value in cell.options.items())
-        grown = "" if cell.growth is None else f", {cell.growth:.1f}x of 8k"
-        lines.append(
-            f"| {shape.tokens:,} | {shape.heads}/{shape.kv_heads} | {shape.dim} | {shape.dtype} "
-            f"| {shape.threads} | {shape.inputs} | {cell.method}{options and f' ({options})'} "
-            f"| {cell.density:.3f} | {cell.plan * 1e3:.1f} | {cell.counting * 1e3:.1f} "
-            f"| {cell.share:.1%} ({cell.low:.1%}-{cell.high:.1%}{grown}) "
-            f"| {', '.join(cell.missed)} |"
-        )
-    aimed = [cell for cell in found if cell.shape.tokens >= min(SHARES)]
-    missed = sum("share" in cell.missed for cell in aimed)
-    lines.append(f"\n{missed} of {len(aimed)} cells from 8k on miss their share.")
-    about = rows[-1]["machine"]
-    lines.append(
-        f"\n{about['device']}, {about['cpu_capability']}, torch {about['torch']}, commit "
-        f"{', '.join(dict.fromkeys(str(row['machine']['git']) for row in rows))}."
-    )
-    return "\n".join(lines) + "\n"
+    aimed = [cell for cell in found if cell.place["tokens"] >= min(SHARES)]
+    note = f"{grid.missed(aimed, 'share')} of {len(aimed)} cells from 8k on miss their share."
+    return grid.markdown(COLUMNS, found, note, grid.made_with(rows))
 
 
 if __name__ == "__main__":

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from plots import plot
-from sparse_patch_eval.base.console import console, note, progress, user_errors
+from bench import grid, options
+from bench.plots import plot
+from bench.prefills import DENSE
+from sparse_patch_eval.base.console import note, progress, user_errors
 from sparse_patch_eval.base.options import (
     choose_layers,
     parse_layers,
@@ -38,28 +40,19 @@ from sparse_patch_eval.base.rows import RowFile, describe_machines
 from sparse_patch_eval.inputs.models import load
 from sparse_patch_eval.inputs.text import long_text
 from study.compare import compare, dense_baseline
-from study.compare_report import DENSE, Entry, draw, markdown
 from study.needles import NeedlePrompt, needle_prompts
-from study.tuner import Tuner
-from study.tuning import capture_layers, mean_density, tuning_layers
+from study.report import Entry, draw, markdown
+from study.tuning import Tuner, capture_layers, mean_density, tuning_layers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
 
-
-@dataclass(frozen=True)
-class Lab:
-    """What all parts of a run share."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    layers: list[int]
-    rows: int
+TURNS = "kjv,pydoc"
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for the rows, the table and the plots.")],
-    length: Annotated[str, typer.Option(help="Prompt length in tokens.")] = "4k",
+    length: options.Length = "4k",
     targets: Annotated[str, typer.Option(help="Densities to compare at.")] = "0.15,0.25,0.4",
     method: Annotated[
         list[str] | None,
@@ -69,38 +62,38 @@ def main(
         ),
     ] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Prompts to measure on.")] = 8,
-    texts: Annotated[str, typer.Option(help="Their prose, by turns.")] = "kjv,pydoc",
+    texts: Annotated[str, typer.Option(help="Their prose, by turns.")] = TURNS,
     tuning_prompts: Annotated[int, typer.Option(min=1, help="Prompts to tune on.")] = 4,
-    tuning_texts: Annotated[str, typer.Option(help="Their prose, by turns.")] = "kjv,pydoc",
+    tuning_texts: Annotated[str, typer.Option(help="Their prose, by turns.")] = TURNS,
     scored: Annotated[int, typer.Option(min=1, help="Last positions of prose for KL, NLL.")] = 512,
     layers: Annotated[
         str, typer.Option(help="Layers for recall and output error, as in `0,5,-1` or `::3`.")
     ] = "3::8",
     rows: Annotated[int, typer.Option(min=1, help="Query rows judged for recall, about.")] = 512,
-    model: Annotated[
-        str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2`.")
-    ] = "smollm2",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    model: options.Model = "smollm2",
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
     seed: Annotated[int, typer.Option(help="Chooses prose and numbers.")] = 0,
 ) -> None:
     """Compare methods at equal density with each other, paired with dense."""
     with user_errors():
         densities = parse_targets(targets)
-        specs = list(dict.fromkeys(method or _all_methods()))
+        all_methods = [name for name in sparse_patch.list_methods() if name != "dense"]
+        specs = list(dict.fromkeys(method or all_methods))
         for spec in specs:
             parse_method(spec)
         wanted, n_tokens = parse_layers(layers), parse_length(length)
-        named = {"--tuning-texts": split_list(tuning_texts), "--texts": split_list(texts)}
-        if empty := [option for option, names in named.items() if not names]:
-            raise ValueError(f"{empty[0]}: name at least one text, as in kjv,pydoc")
-        prose = {name: long_text(name, option=option) for option in named for name in named[option]}
+        prose = {
+            option: {name: long_text(name, option=option) for name in split_list(names)}
+            for option, names in (("--tuning-texts", tuning_texts), ("--texts", texts))
+        }
+        if empty := [option for option, named in prose.items() if not named]:
+            raise ValueError(f"{empty[0]}: name at least one text, as in {TURNS}")
         lm, tokenizer = load(model, dtype=dtype, device=device, max_length=n_tokens)
-        lab = Lab(lm, tokenizer, choose_layers(lm, wanted), rows)
-        drawn = _prompts(lab, n_tokens, prompts, texts, prose, scored, seed, held_back=False)
-        tuning = _prompts(
-            lab, n_tokens, tuning_prompts, tuning_texts, prose, scored, seed, held_back=True
-        )
+        chosen = choose_layers(lm, wanted)
+        draws = functools.partial(needle_prompts, tokenizer, n_tokens, scored=scored, seed=seed)
+        drawn = draws(prompts, texts=prose["--texts"])
+        tuning = draws(tuning_prompts, texts=prose["--tuning-texts"], held_back=True)
         tuning_layers(len(choose_layers(lm, slice(None))), tuning)
     setup = {"model": model, "dtype": dtype, "device": device, "length": n_tokens}
     setup |= {"scored": scored, "seed": seed}
@@ -108,21 +101,19 @@ def main(
         output / "tuned.jsonl",
         {**setup, "tuning_prompts": tuning_prompts, "tuning_texts": tuning_texts},
     )
-    _tune(lab, tuned, specs, densities, tuning)
-    chosen = {(row["method"], row["target"]): row for row in tuned.rows}
+    _tune(lm, tuned, specs, densities, tuning)
+    found = {(row["method"], row["target"]): row for row in tuned.rows}
     entries = [
-        Entry(target, spec, chosen[spec, target]["spec"], chosen[spec, target]["has_knob"])
+        Entry(target, spec, found[spec, target]["spec"], found[spec, target]["has_knob"])
         for target in densities
         for spec in specs
     ]
-    file = RowFile(
-        output / "rows.jsonl", {**setup, "texts": texts, "layers": lab.layers, "rows": rows}
-    )
-    _measure(lab, file, list(dict.fromkeys(entry.spec for entry in entries)), drawn)
+    file = RowFile(output / "rows.jsonl", {**setup, "texts": texts, "layers": chosen, "rows": rows})
+    tried = list(dict.fromkeys(entry.spec for entry in entries))
+    _measure(lm, tokenizer, file, tried, drawn, chosen, rows)
     measured = [row for row in file.rows if row["prompt"] < prompts]
-    table = markdown(entries, measured, seed=seed, about=describe_machines(measured))
-    (output / "table.md").write_text(table)
-    console.print(table, markup=False)
+    about = describe_machines(measured)
+    grid.publish(output, markdown(entries, measured, seed=seed, about=about))
     for metric in ("kl", "margin"):
         drawing = functools.partial(draw, entries=entries, rows=measured, metric=metric)
         plot(output / f"{metric}.png", drawing, size=(9, 5))
@@ -143,34 +134,12 @@ def parse_targets(text: str) -> list[float]:
     return found
 
 
-def _all_methods() -> list[str]:
-    return [name for name in sparse_patch.list_methods() if name != "dense"]
-
-
-def _prompts(
-    lab: Lab,
-    length: int,
-    count: int,
-    texts: str,
-    prose: Mapping[str, str],
-    scored: int,
-    seed: int,
-    *,
-    held_back: bool,
-) -> list[NeedlePrompt]:
-    return needle_prompts(
-        lab.tokenizer,
-        length,
-        count,
-        texts={name: prose[name] for name in split_list(texts)},
-        scored=scored,
-        seed=seed,
-        held_back=held_back,
-    )
-
-
 def _tune(
-    lab: Lab, file: RowFile, specs: list[str], targets: list[float], prompts: list[NeedlePrompt]
+    model: PreTrainedModel,
+    file: RowFile,
+    specs: Sequence[str],
+    targets: Sequence[float],
+    prompts: Sequence[NeedlePrompt],
 ) -> None:
     """Tune what is not tuned yet; a row per method and target."""
     done = file.keys("method", "target")
@@ -182,7 +151,7 @@ def _tune(
             "tuning: dense prefills", total=len(prompts) + sum(map(len, todo.values()))
         )
         inside = []
-        for captured in capture_layers(lab.model, prompts):
+        for captured in capture_layers(model, prompts):
             inside.append(captured)
             bar.advance(task)
         for spec, missing in todo.items():
@@ -190,46 +159,48 @@ def _tune(
             name, extra = split_method(spec)
             tuner = Tuner(name, lambda tried: mean_density(tried, inside), extra)
             for target in missing:
-                found = tuner.tune(target)
-                file.add(
-                    {"method": spec, "target": target, "has_knob": tuner.has_knob, **asdict(found)}
-                )
+                row = {"method": spec, "target": target, "has_knob": tuner.has_knob}
+                file.add({**row, **asdict(tuner.tune(target))})
                 bar.advance(task)
 
 
-def _measure(lab: Lab, file: RowFile, specs: list[str], prompts: list[NeedlePrompt]) -> None:
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: RowFile,
+    specs: Sequence[str],
+    prompts: Sequence[NeedlePrompt],
+    layers: list[int],
+    rows: int,
+) -> None:
     """Measure what is not measured yet; a row per method and prompt, dense included."""
-    done, estimated = file.keys("method", "prompt"), False
+    done = file.keys("method", "prompt")
+    missing = {n: [spec for spec in specs if (spec, n) not in done] for n in range(len(prompts))}
+    todo = {n: specs for n, specs in missing.items() if specs or (DENSE, n) not in done}
     with progress() as bar:
-        task = bar.add_task("", total=len(prompts) * len(specs))
-        for index, prompt in enumerate(prompts):
+        task = bar.add_task("", total=sum(map(len, todo.values())))
+        for index, left in todo.items():
+            prompt = prompts[index]
             about = {"prompt": index, "text": prompt.text, "keys": prompt.keys}
-            todo = [spec for spec in specs if (spec, index) not in done]
-            bar.advance(task, len(specs) - len(todo))
-            if not todo and (DENSE, index) in done:
-                continue
             bar.update(task, description=f"prompt {index}: dense")
             start = time.perf_counter()
-            dense = dense_baseline(lab.model, lab.tokenizer, prompt, lab.layers)
-            if not estimated:
-                estimated = True
-                _estimate(time.perf_counter() - start, bar.tasks[task].remaining, len(prompts))
+            dense = dense_baseline(model, tokenizer, prompt, layers)
+            if index == min(todo):
+                _estimate(time.perf_counter() - start, len(todo), sum(map(len, todo.values())))
             if (DENSE, index) not in done:
                 file.add({**about, "method": DENSE, **dense.row})
-            for spec in todo:
+            for spec in left:
                 bar.update(task, description=f"prompt {index}: {spec}")
-                row = compare(
-                    lab.model, lab.tokenizer, prompt, parse_method(spec), dense, rows=lab.rows
-                )
+                row = compare(model, tokenizer, prompt, parse_method(spec), dense, rows=rows)
                 file.add({**about, "method": spec, **row})
                 bar.advance(task)
 
 
-def _estimate(seconds: float, left: float | None, prompts: int) -> None:
+def _estimate(seconds: float, prompts: int, sparse: int) -> None:
     """Say how long the rest may take, if sparse prefills take about what dense ones do."""
-    if left:
-        minutes = (left + prompts) * seconds / 60
-        note(f"{left:.0f} sparse prefills of about {seconds:.0f} s to do: {minutes:.0f} minutes")
+    if sparse:
+        minutes = (sparse + prompts) * seconds / 60
+        note(f"{sparse} sparse prefills of about {seconds:.0f} s to do: {minutes:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(rows: list[dict[str, Any]], file: Path, page: Path) -> None:
     """The rows as one JSON file with what they were made with, and as tables of the page."""
-    run, table = (importlib.import_module(f"compat.{name}") for name in ("run", "table"))
+    table, fetch = map(importlib.import_module, ("compat.table", "sparse_patch_eval.base.fetch"))
     machines = [row.pop("machine") for row in rows]
     versions = {name: rows[0].pop(name) for name in ("torch", "transformers")}
     for row in rows[1:]:
@@ -86,8 +86,10 @@ def write(rows: list[dict[str, Any]], file: Path, page: Path) -> None:
         "summary": table.summary(rows),
         "families": sorted(rows, key=lambda row: row["family"]),
     }
-    run.replace(file, json.dumps(results, indent=1) + "\n")
-    run.replace(page, table.page(page.read_text(encoding="utf-8"), results))
+    with fetch.staged(file) as new:
+        new.write_text(json.dumps(results, indent=1) + "\n")
+    with fetch.staged(page) as new:
+        new.write_text(table.page(page.read_text(encoding="utf-8"), results), encoding="utf-8")
     print(f"{file}, {page}: {results['summary']}")
 
 

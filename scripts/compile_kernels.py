@@ -34,6 +34,7 @@ from kernel_checks.binary import facts
 from kernel_checks.chips import CHIPS, Chip
 from kernel_checks.report import Entry, case_name, config_text, failures, markdown
 from sparse_patch_eval.base.console import console, fail, progress
+from sparse_patch_eval.base.fetch import staged
 from sparse_patch_eval.base.machine import machine
 
 try:
@@ -240,9 +241,8 @@ def _write(file: Path, entries: Sequence[Entry]) -> None:
     """All at once, an entry a line: a kill leaves the old file."""
     lines = ",\n".join(json.dumps(entry) for entry in sorted(entries, key=_place))
     head = json.dumps(environment(), indent=1).removesuffix("\n}")
-    new = file.with_suffix(".new")
-    new.write_text(f'{head},\n "entries": [\n{lines}\n]}}\n')
-    new.replace(file)
+    with staged(file) as new:
+        new.write_text(f'{head},\n "entries": [\n{lines}\n]}}\n')
 
 
 @functools.cache

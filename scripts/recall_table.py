@@ -23,10 +23,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from plots import legend_outside, plot, style
+from bench import grid, options
+from bench.plots import legend_outside, plot, style
 from sparse_patch_eval.ask.capture import Attention, capture
 from sparse_patch_eval.ask.judge import judge, plan_of
-from sparse_patch_eval.base.console import console, fail, progress, user_errors
+from sparse_patch_eval.base.console import fail, progress, user_errors
+from sparse_patch_eval.base.markdown import table
 from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length, parse_method
 from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
 from sparse_patch_eval.inputs.models import load
@@ -39,24 +41,23 @@ from sparse_patch import Method
 ORACLE = "oracle"
 CURVE = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)
 """Recalls at which the oracle's curve is drawn."""
+HEAD = ("method", "plan, ms", "density", "recall", "5 % head", "exact", "oracle", "times oracle")
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for rows.jsonl, table.md, recall.png.")],
-    length: Annotated[str, typer.Option(help="Prompt length in tokens.")] = "8k",
+    length: options.Length = "8k",
     method: Annotated[
         list[str] | None,
         typer.Option(help="`NAME:key=value,...`; may repeat. Default: all, and all presets."),
     ] = None,
-    layers: Annotated[str, typer.Option(help="Layers, as in `0,5,-1` or `::3`.")] = "::3",
+    layers: options.Layers = "::3",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts, with seeds from --seed on.")] = 2,
     rows: Annotated[int, typer.Option(min=1, help="Query rows judged per head, about.")] = 1024,
-    model: Annotated[
-        str, typer.Option(help="Hub id, local folder, .gguf file, or `smollm2`.")
-    ] = "smollm2",
-    text: Annotated[str, typer.Option(help="`kjv`, `stdlib`, `pydoc`, or a UTF-8 file.")] = "kjv",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    model: options.Model = "smollm2",
+    text: options.Text = "kjv",
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of the first prompt.")] = 0,
 ) -> None:
     """Measure density and recall of methods, and the oracle's density at that recall."""
@@ -148,13 +149,9 @@ def _measure(
 
 
 def _report(rows: list[Row], specs: list[str], output: Path) -> None:
-    by_method: dict[str, list[Row]] = {}
-    for row in rows:
-        by_method.setdefault(row["method"], []).append(row)
+    by_method = {place["method"]: mine for place, mine in grid.by_place(rows, ["method"])}
     shown = {spec: by_method[spec] for spec in specs}
-    table = _markdown(shown, describe_machines(rows), rows[0])
-    (output / "table.md").write_text(table)
-    console.print(table, markup=False)
+    grid.publish(output, _markdown(shown, describe_machines(rows), rows[0]))
     curve = np.mean([row["curve"] for row in by_method[ORACLE]], axis=0)
     title = f"{rows[0]['model']}, {rows[0]['length']:,} tokens of {rows[0]['text']}"
     plot(output / "recall.png", lambda axes: _draw(axes, shown, curve, title), size=(9, 5))
@@ -169,20 +166,24 @@ def _heads(rows: list[Row]) -> list[float]:
     return [head for row in rows for head in row["recall"]]
 
 
+def _cells(rows: list[Row]) -> tuple[str, ...]:
+    """What the table says of a method."""
+    seconds = statistics.median(row["plan_seconds"] for row in rows)
+    heads, least = _heads(rows), _mean(rows, "oracle_density")
+    return (
+        f"{1e3 * seconds:.1f}",
+        f"{_mean(rows, 'density'):.3f}",
+        f"{statistics.fmean(heads):.4f}",
+        f"{np.quantile(heads, 0.05):.3f}",
+        f"{_mean(rows, 'exact'):.0%}",
+        f"{least:.3f}",
+        f"{_mean(rows, 'judged_density') / least:.2f}",
+    )
+
+
 def _markdown(shown: Mapping[str, list[Row]], about: str, first: Row) -> str:
-    lines = [
-        "| method | plan, ms | density | recall | 5 % head | exact | oracle | times oracle |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for spec, rows in sorted(shown.items(), key=lambda item: _mean(item[1], "density")):
-        seconds = statistics.median(row["plan_seconds"] for row in rows)
-        least = _mean(rows, "oracle_density")
-        lines.append(
-            f"| {spec} | {1e3 * seconds:.1f} | {_mean(rows, 'density'):.3f} | "
-            f"{statistics.fmean(_heads(rows)):.4f} | {np.quantile(_heads(rows), 0.05):.3f} | "
-            f"{_mean(rows, 'exact'):.0%} | {least:.3f} | "
-            f"{_mean(rows, 'judged_density') / least:.2f} |"
-        )
+    ordered = sorted(shown.items(), key=lambda item: _mean(item[1], "density"))
+    lines = table(HEAD, "lrrrrrrr", ((spec, *_cells(rows)) for spec, rows in ordered))
     layers = sorted({row["layer"] for rows in shown.values() for row in rows})
     prompts = {row["prompt"] for rows in shown.values() for row in rows}
     foot = (

@@ -5,13 +5,13 @@ from __future__ import annotations
 import faulthandler
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from sparse_patch_eval.base.fetch import staged
 from sparse_patch_eval.base.rows import Row, RowFile, read_rows
 
 from compat.compare import WRONG, check
@@ -27,7 +27,9 @@ def forget(path: Path, families: Iterable[str]) -> None:
     """Take all rows of these families out of a file of rows."""
     gone = set(families)
     kept = [row for row in read_rows(path) if row["family"] not in gone]
-    replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged(path) as new:
+        new.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
 def run(families: list[str], path: Path, command: list[str]) -> None:
@@ -69,14 +71,5 @@ def work(families: Iterable[str], path: Path, seconds: float) -> None:
         _say(row)
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file that is never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
 def _say(row: Row) -> None:
     print(f"{row['family']}: {verdict(row)}", flush=True)
-    sys.stdout.flush()

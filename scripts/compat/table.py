@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sparse_patch_eval.base.markdown import table
 from sparse_patch_eval.base.rows import Row
 
 from compat.compare import NOT_BUILT, REFUSED, RIGHT, WRONG
@@ -97,47 +98,16 @@ def markdown(results: dict[str, Any]) -> str:
     """
     rows = sorted(results["families"], key=lambda row: row["family"])
     right = [row for row in rows if row["status"] == RIGHT]
+    of = {kind: [row for row in rows if row["status"] == kind] for kind in SECTIONS}
+    exact_only = {name: cell for name, cell in COLUMNS.items() if name != "sparse"}
     parts = [
         f"Transformers {results['transformers']}, torch {results['torch']}, on a CPU, commit "
         f"{', '.join(results['commits'])}: {len(rows)} families, of which "
         + ", ".join(f"{n} {kind}" for kind, n in summary(rows).items() if n)
         + ".\n",
-        _section(
-            "Sparse",
-            [row for row in right if row["sparse"]],
-            ("attention layers", "sparse", "exact", "with wider windows", "its own"),
-            lambda row: (
-                _of_all(row),
-                str(row["sparse"]),
-                exact(row["exact"]),
-                _wide(row),
-                _own(row),
-            ),
-        ),
-        _section(
-            "Right, but never sparse",
-            [row for row in right if not row["sparse"]],
-            ("attention layers", "exact", "with wider windows", "its own"),
-            lambda row: (_of_all(row), exact(row["exact"]), _wide(row), _own(row)),
-        ),
-        _section(
-            "Refused",
-            [row for row in rows if row["status"] == REFUSED],
-            ("why",),
-            lambda row: (refusal(row["reason"]),),
-        ),
-        _section(
-            "Wrong",
-            [row for row in rows if row["status"] == WRONG],
-            ("what",),
-            lambda row: (wrong(row),),
-        ),
-        _section(
-            "Not checked",
-            [row for row in rows if row["status"] == NOT_BUILT],
-            ("why no tiny model runs",),
-            lambda row: (row["reason"],),
-        ),
+        _section("Sparse", [row for row in right if row["sparse"]], COLUMNS),
+        _section("Right, but never sparse", [x for x in right if not x["sparse"]], exact_only),
+        *(_section(title, of[kind], column) for kind, (title, column) in SECTIONS.items()),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -168,16 +138,31 @@ def _own(row: Row) -> str:
     return "; ".join(f"{name}: {text}" for name, text in row["own"].items())
 
 
-def _section(
-    title: str, rows: list[Row], head: tuple[str, ...], cells: Callable[[Row], tuple[str, ...]]
-) -> str:
+Columns = dict[str, Callable[[Row], str]]
+"""What stands in a table, by heading."""
+
+COLUMNS: Columns = {
+    "attention layers": _of_all,
+    "sparse": lambda row: str(row["sparse"]),
+    "exact": lambda row: exact(row["exact"]),
+    "with wider windows": _wide,
+    "its own": _own,
+}
+SECTIONS: dict[str, tuple[str, Columns]] = {
+    REFUSED: ("Refused", {"why": lambda row: refusal(row["reason"])}),
+    WRONG: ("Wrong", {"what": wrong}),
+    NOT_BUILT: ("Not checked", {"why no tiny model runs": lambda row: row["reason"]}),
+}
+"""Title and columns of families that are not right."""
+
+
+def _section(title: str, rows: list[Row], columns: Columns) -> str:
     """A heading and a table with a line for each family; nothing without rows."""
     if not rows:
         return ""
-    lines = [("family", *head), ("---",) * (len(head) + 1)]
-    lines += [(f"`{row['family']}`", *cells(row)) for row in rows]
-    text = (" | ".join(_cell(x) for x in line) for line in lines)
-    return f"## {title}\n\n" + "".join(f"| {line} |\n" for line in text)
+    cells = ((f"`{row['family']}`", *(_cell(of(row)) for of in columns.values())) for row in rows)
+    lines = table(("family", *columns), "l" * (len(columns) + 1), cells)
+    return "\n".join([f"## {title}", "", *lines, ""])
 
 
 def _cell(text: str) -> str:

@@ -17,8 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sparse_patch_eval.base.fetch import staged
 from sparse_patch_eval.base.machine import machine
-from sparse_patch_eval.base.rows import Row, read_rows
+from sparse_patch_eval.base.rows import read_rows
 
 from gpu_checks import report
 from gpu_checks.device import Device
@@ -73,8 +74,10 @@ def check(options: argparse.Namespace, shares: Mapping[str, float]) -> int:
             failures = report.failures(found)
             results |= {"seconds": time.time() - started, "targets": targets}
             results |= {"failures": failures, "rows": found}
-            _replace(path, json.dumps(results, indent=1) + "\n")
-            _replace(path.with_suffix(".md"), report.markdown(results))
+            with staged(path) as new:
+                new.write_text(json.dumps(results, indent=1) + "\n")
+            with staged(path.with_suffix(".md")) as new:
+                new.write_text(report.markdown(results))
     rows.unlink()
     print(path.with_suffix(".md").read_text())
     print(f"{path}: {len(failures)} failures")
@@ -105,17 +108,5 @@ def _run(
 
 
 def _say(stage: str, rows: Path) -> None:
-    done = sum(_of(row, stage) and row["kind"] == "end" for row in read_rows(rows))
+    done = len(report.of_kind(report.of_stage(read_rows(rows), stage), "end"))
     print(f"[{stage}] {done} items done", flush=True)
-
-
-def _of(row: Row, stage: str) -> bool:
-    """Is this a row of the stage, or of a part of it?"""
-    return str(row["stage"]).split()[0] == stage
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is never half there."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.replace(path)

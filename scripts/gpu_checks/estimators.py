@@ -7,6 +7,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,20 +42,15 @@ def items(stage: Stage) -> list[tuple[str, Work]]:
     names = sorted(dispatch.KERNELS)
     return [
         *(
-            (f"{name}, {name_of(dtype)}", _checked(stage, name, dtype))
+            (f"{name}, {name_of(dtype)}", partial(_compare, stage, name, dtype))
             for dtype in stage.scale.dtypes
             for name in names
         ),
-        *((f"plan of {method}", _planned(stage, method)) for method in stage.scale.methods),
+        *(
+            (f"plan of {method}", partial(_compare_plans, stage, method))
+            for method in stage.scale.methods
+        ),
     ]
-
-
-def _checked(stage: Stage, name: str, dtype: torch.dtype) -> Work:
-    return lambda: _compare(stage, name, dtype)
-
-
-def _planned(stage: Stage, method: str) -> Work:
-    return lambda: _compare_plans(stage, method)
 
 
 def _compare(stage: Stage, name: str, dtype: torch.dtype) -> Iterable[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,24 +38,19 @@ def items(stage: Stage) -> list[tuple[str, Work]]:
     groups = [names[i : i + TOGETHER] for i in range(0, len(names), TOGETHER)]
     return [
         *(
-            (f"models of {family}, {group[0]} to {group[-1]}", _patched(stage, family, group))
+            (
+                f"models of {family}, {group[0]} to {group[-1]}",
+                partial(_compare_models, stage, family, group),
+            )
             for family in stage.scale.families or tuple(zoo.FAMILIES)
             for group in groups
         ),
         *(
-            (f"{name}, {which}", _planned(stage, name, which, parameters))
+            (f"{name}, {which}", partial(_compare_plans, stage, name, which, parameters))
             for name in names
             for which, parameters in sets[name].items()
         ),
     ]
-
-
-def _patched(stage: Stage, family: str, names: Iterable[str]) -> Work:
-    return lambda: [_compare_models(stage, family, names)]
-
-
-def _planned(stage: Stage, name: str, which: str, parameters: dict[str, Any]) -> Work:
-    return lambda: _compare_plans(stage, name, which, parameters)
 
 
 # --- plans ---------------------------------------------------------------------------------------
@@ -142,8 +138,8 @@ def _agreement(plan: BlockPlan, own: BlockPlan) -> float:
 # --- models --------------------------------------------------------------------------------------
 
 
-def _compare_models(stage: Stage, family: str, names: Iterable[str]) -> Row:
-    """Of a batch of two rows, the first of them padded on the left.
+def _compare_models(stage: Stage, family: str, names: Iterable[str]) -> Iterable[Row]:
+    """A row, of a batch of two rows, the first of them padded on the left.
 
     A method that keeps everything must answer as eager attention, and one that does not must
     answer to a padded row as to that row alone.
@@ -174,7 +170,7 @@ def _compare_models(stage: Stage, family: str, names: Iterable[str]) -> Row:
             near = kept[name] <= LOGITS and alone[name] <= LOGITS  # false for NaN
             if not near or layers != zoo.SPARSE_LAYERS.get(family, zoo.LAYERS):
                 wrong.append(name)
-    return {
+    yield {
         "kind": "family",
         "what": family,
         "methods": len(kept),

@@ -6,6 +6,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +28,8 @@ _SECONDS = 1.2
 
 def items(stage: Stage) -> list[tuple[str, Work]]:
     """The op at every length; its configurations at the first length come second."""
-    listed = [(f"{n:,} tokens", _at(stage, n)) for n in stage.scale.lengths]
-    listed.insert(1, ("configurations", lambda: _configurations(stage)))
-    return listed
-
-
-def _at(stage: Stage, n: int) -> Work:
-    return lambda: _measure(stage, n)
+    first, *others = ((f"{n:,} tokens", partial(_measure, stage, n)) for n in stage.scale.lengths)
+    return [first, ("configurations", partial(_configurations, stage)), *others]
 
 
 def tensors(stage: Stage, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +64,7 @@ def _measure(stage: Stage, n: int) -> Iterable[Row]:
     for density in scale.densities:
         stage.need(2 * _SECONDS)
         plan = inputs.plan_of_density(device, scale.heads, n, scale.block, density)
-        op = _op(q, k, v, plan)
+        op = partial(block_sparse_attention, q, k, v, plan, backend="triton")
         flex = optional(stage, "flex", _flex(device, compiled, q, k, v, plan))
         out = op()
         error, of_allowed = inputs.sampled_error(q, k, v, plan, out)
@@ -93,10 +89,6 @@ def _measure(stage: Stage, n: int) -> Iterable[Row]:
             "apart_from_flex": flex_apart[0] if flex_apart else None,
             "ok": of_allowed <= 1,
         }
-
-
-def _op(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Callable[[], Tensor]:
-    return lambda: block_sparse_attention(q, k, v, plan, backend="triton")
 
 
 def _fastest(times: dict[str, Timing]) -> float:
@@ -161,7 +153,7 @@ def _configurations(stage: Stage) -> Iterable[Row]:
     n = scale.lengths[0]
     q, k, v = tensors(stage, n)
     plan = inputs.plan_of_density(device, scale.heads, n, scale.block, scale.densities[-1])
-    op = _op(q, k, v, plan)
+    op = partial(block_sparse_attention, q, k, v, plan, backend="triton")
     with launch.recording(launch.chip_of(q)) as launches:
         op()
     configs = launches[0].configs if scale.on_gpu else launches[0].configs[:1]

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,14 +167,14 @@ def items(stage: Stage) -> list[tuple[str, Work]]:
     for dtype in scale.dtypes:
         step = 1 if dtype == scale.dtypes[0] else scale.thinned
         listed += [
-            (f"{case.name}, {name_of(dtype)}", _checked(stage, case, dtype, [0]))
+            (f"{case.name}, {name_of(dtype)}", partial(_compare, stage, case, dtype, [0]))
             for case in cases(scale)[::step]
         ]
     # The interpreter runs the first configuration only.
     others = [1, 2, 3, 4] if scale.on_gpu else [1]
     for case in cases(scale) if scale.on_gpu else cases(scale)[:1]:
         name = f"{case.name}, {name_of(scale.dtype)}, other configurations"
-        listed.append((name, _checked(stage, case, scale.dtype, others)))
+        listed.append((name, partial(_compare, stage, case, scale.dtype, others)))
     return listed
 
 
@@ -186,10 +187,6 @@ def poison() -> None:
     `torch.utils.deterministic.fill_uninitialized_memory`): what a kernel does not write shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     warnings.simplefilter("ignore")  # some plain functions have no deterministic form
-
-
-def _checked(stage: Stage, case: Case, dtype: torch.dtype, configs: list[int]) -> Work:
-    return lambda: _compare(stage, case, dtype, configs)
 
 
 def _compare(stage: Stage, case: Case, dtype: torch.dtype, configs: list[int]) -> Iterable[Row]:

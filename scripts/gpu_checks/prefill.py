@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -33,12 +33,8 @@ _MOST_ROUNDS = 3
 def items(stage: Stage) -> list[tuple[str, Work]]:
     """Every length, on one model."""
     runs = _Runs(stage)
-    listed = [(f"{n:,} tokens", _at(runs, n)) for n in stage.scale.prefills]
+    listed = [(f"{n:,} tokens", partial(runs.measure, n)) for n in stage.scale.prefills]
     return [("build and warm up", runs.warm_up), *listed]
-
-
-def _at(runs: _Runs, n: int) -> Work:
-    return lambda: runs.measure(n)
 
 
 def build(scale: Scale, device: torch.device) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from sparse_patch_eval.base.markdown import table
 from sparse_patch_eval.base.rows import Row
 
 from gpu_checks.scale import Scale
@@ -34,7 +35,8 @@ def failures(rows: list[Row]) -> list[Row]:
     return found + [{**row, "error": "the process died or was stopped in this"} for row in lost]
 
 
-def _of_stage(rows: Iterable[Row], stage: str) -> list[Row]:
+def of_stage(rows: Iterable[Row], stage: str) -> list[Row]:
+    """Those of a stage, or of a part of it."""
     return [row for row in rows if row["stage"].split()[0] == stage]
 
 
@@ -42,9 +44,9 @@ def targets(rows: list[Row], scale: Scale) -> list[Target]:
     """What must hold, and the speeds of issue 5: for an H100, bfloat16, head_dim 128."""
     compared = of_kind(rows, "parity", "estimator", "plan")
     found, left_out = failures(rows), of_kind(rows, "skipped")
-    wrong, skipped = _of_stage(found, "parity"), _of_stage(left_out, "parity")
+    wrong, skipped = of_stage(found, "parity"), of_stage(left_out, "parity")
     methods = of_kind(rows, "method", "family")
-    wrong_methods, no_methods = _of_stage(found, "methods"), _of_stage(left_out, "methods")
+    wrong_methods, no_methods = of_stage(found, "methods"), of_stage(left_out, "methods")
     op = [row for row in of_kind(rows, "op") if row["tokens"] >= scale.target]
     cost = [row for row in of_kind(rows, "estimator_time") if row["tokens"] == scale.target]
     long = [row for row in of_kind(rows, "prefill") if row["tokens"] >= scale.prefill_target]
@@ -125,9 +127,10 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(
             "**Dry run: toy sizes in Triton's interpreter. Times and targets mean nothing.**"
         )
+    reached = ({**one, "target": one["name"], "": one["verdict"]} for one in results["targets"])
     parts += [
         "## Targets",
-        _table(results["targets"], {"target": "name", "": "verdict", "measured": "measured"}),
+        _table(reached, "target", "", "measured"),
         "Stated for an H100 in bfloat16 at head_dim 128.",
         *_failures(results["failures"]),
         *_parity(rows),
@@ -150,62 +153,56 @@ def _about(results: dict[str, Any]) -> str:
     )
 
 
+# Of a row that failed, what tells why.
+_TELLING = ("call", "config", "max_error", "of_allowed", "lse_of_allowed", "agreement", "repeats",
+            "same_blind_rows")  # fmt: skip
+
+
 def _failures(found: list[Row]) -> list[str]:
     if not found:
         return ["## Failures", "None."]
     lines = []
     for row in found:
-        what = row.get("error") or ", ".join(
-            f"{name} {row[name]}"
-            for name in ("call", "config", "max_error", "of_allowed", "lse_of_allowed", "agreement",
-                         "repeats", "same_blind_rows")
-            if name in row
-        )  # fmt: skip
+        what = row.get("error") or ", ".join(f"{x} {row[x]}" for x in _TELLING if x in row)
         lines.append(f"- {row['stage']}, {row.get('item', '')}: {what}")
     return ["## Failures", "\n".join(lines), "Tracebacks are in the JSON file."]
 
 
 def _parity(rows: list[Row]) -> list[str]:
     """The worst of each case over its configurations, dtypes side by side."""
-    cells: dict[tuple[str, str], Row] = {}
+    worst: dict[str, dict[str, Row]] = {}
     for row in of_kind(rows, "parity", "estimator"):
         call = row.get("call")
-        what = row["what"] + (f": {call}" if call else "")
-        key = (what, row["dtype"])
-        if key not in cells or not row["of_allowed"] <= cells[key]["of_allowed"]:
-            cells[key] = row
-    dtypes = list(dict.fromkeys(dtype for _, dtype in cells))
-    table = []
-    for what in dict.fromkeys(what for what, _ in cells):
-        line = {"what": what}
-        for dtype in dtypes:
-            cell = cells.get((what, dtype))
-            line[dtype] = "" if cell is None else _errors(cell)
-        table.append(line)
+        cells = worst.setdefault(row["what"] + (f": {call}" if call else ""), {})
+        known = cells.get(row["dtype"])
+        if known is None or not row["of_allowed"] <= known["of_allowed"]:
+            cells[row["dtype"]] = row
+    lines = [
+        {"what": what, **{dtype: _errors(cell) for dtype, cell in cells.items()}}
+        for what, cells in worst.items()
+    ]
+    dtypes = sorted({dtype for cells in worst.values() for dtype in cells})
     plans = [
-        {**row, "density": _number(row["density"]), "agreement": f"{row['agreement']:.4f}",
-         "of_allowed": f"{row['of_allowed']:.2f}", "max_error": f"{row['max_error']:.1e}"}
+        {
+            "method": row["what"],
+            "configuration": row["config"],
+            "density": _number(row["density"]),
+            "agreement": f"{row['agreement']:.4f}",
+            "largest error": f"{row['max_error']:.1e}",
+            "of allowed": f"{row['of_allowed']:.2f}",
+        }
         for row in of_kind(rows, "plan")
-    ]  # fmt: skip
+    ]
     return [
         "## Parity",
         "The largest error; in brackets its share of what rounding explains (above 1 fails), then "
         "its ratio to the error of plain PyTorch in that dtype. Against float64; estimators "
         "against their plain functions.",
-        _table(table, {name: name for name in ("what", *dtypes)}),
+        _table(lines, "what", *dtypes),
         "Whole plans with kernels against plans without, and the op on them:",
-        _table(
-            plans,
-            {
-                "method": "what",
-                "configuration": "config",
-                "density": "density",
-                "agreement": "agreement",
-                "largest error": "max_error",
-                "of allowed": "of_allowed",
-            },
-        ),
-    ]
+        _table(plans, "method", "configuration", "density", "agreement", "largest error",
+               "of allowed"),
+    ]  # fmt: skip
 
 
 def _errors(row: Row) -> str:
@@ -215,137 +212,111 @@ def _errors(row: Row) -> str:
     return ("" if error is None else f"{error:.1e} ") + text + ("" if row["ok"] else " **wrong**")
 
 
+def _by(rows: Iterable[Row], *fields: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of these fields, in their order."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[field] for field in fields), []).append(row)
+    return found
+
+
 def _methods(rows: list[Row]) -> list[str]:
-    found, table = of_kind(rows, "method"), []
-    for key in dict.fromkeys((row["what"], row["parameters"]) for row in found):
-        mine = [row for row in found if (row["what"], row["parameters"]) == key]
+    lines = []
+    for (method, parameters), mine in _by(of_kind(rows, "method"), "what", "parameters").items():
         sparse = [row for row in mine if not row.get("exact")]
-        line = {"method": key[0], "parameters": key[1], "compared": len(mine)}
+        line = {"method": method, "parameters": parameters, "compared": len(mine)}
         if sparse:
             least, most = (pick(row["density"] for row in sparse) for pick in (min, max))
             line |= {
                 "density": f"{least:.2f}-{most:.2f}",
                 "agreement": f"{min(row['agreement'] for row in sparse):.4f}",
-                "of_allowed": f"{max(row['of_allowed'] for row in sparse):.2f}",
+                "error, of allowed": f"{max(row['of_allowed'] for row in sparse):.2f}",
             }
         line["exact"] = len(mine) - len(sparse)
-        line["wrong"] = "" if all(row["ok"] for row in mine) else "**wrong**"
-        table.append(line)
-    patched, families = of_kind(rows, "family"), []
-    for family in dict.fromkeys(row["what"] for row in patched):
-        mine = [row for row in patched if row["what"] == family]
-        line = {"family": family, "methods": sum(row["methods"] for row in mine)}
-        line |= {kind: f"{max(row[kind] for row in mine):.1e}" for kind in ("keeps_all", "padded")}
-        line["wrong"] = ", ".join(f"**{name}**" for row in mine for name in row["wrong"])
-        families.append(line)
+        line[""] = "" if all(row["ok"] for row in mine) else "**wrong**"
+        lines.append(line)
+    families = [
+        {
+            "family": family,
+            "methods": sum(row["methods"] for row in mine),
+            "keeps everything": f"{max(row['keeps_all'] for row in mine):.1e}",
+            "padded row": f"{max(row['padded'] for row in mine):.1e}",
+            "wrong": ", ".join(f"**{name}**" for row in mine for name in row["wrong"]),
+        }
+        for (family,), mine in _by(of_kind(rows, "family"), "what").items()
+    ]
     return [
         "## Methods",
         "Plans on this device against the same method's on the CPU, as the share that both keep of "
         "the (row, key) pairs that either keeps, and the op on them (with steps of decode, where "
         "a method has its own); where a method wants exact attention, that it does on both.",
-        _table(
-            table,
-            {
-                "method": "method",
-                "parameters": "parameters",
-                "compared": "compared",
-                "density": "density",
-                "agreement": "agreement",
-                "error, of allowed": "of_allowed",
-                "exact": "exact",
-                "": "wrong",
-            },
-        ),
+        _table(lines, "method", "parameters", "compared", "density", "agreement",
+               "error, of allowed", "exact", ""),
         "Patched into tiny models: how far logits, of magnitude 1, are from eager attention's if "
         "all is kept, and those of a padded row from that row's alone if not.",
-        _table(
-            families,
-            {
-                "family": "family",
-                "methods": "methods",
-                "keeps everything": "keeps_all",
-                "padded row": "padded",
-                "wrong": "wrong",
-            },
-        ),
-    ]
+        _table(families, "family", "methods", "keeps everything", "padded row", "wrong"),
+    ]  # fmt: skip
 
 
 def _op(rows: list[Row]) -> list[str]:
-    table = []
-    for row in sorted(of_kind(rows, "op"), key=lambda r: (r["tokens"], r["density"])):
-        line = {"tokens": f"{row['tokens']:,}", "density": f"{row['density']:.3f}"}
-        for name in ("op", "flash", "cudnn", "flex"):
-            timing = row.get(name)
-            line[name] = "" if timing is None else _milliseconds(timing)
-        line |= {
-            "ideal": f"{row['of_ideal']:.2f}x",
-            "fastest": f"{row['of_ideal_fastest_dense']:.2f}x",
-            "dense": f"{row['speed_up']:.2f}x",
-            "over_flex": _number(row["speed_up_over_flex"], "x"),
-            "host": f"{row['op']['host_ms']:.2f}",
-            "wrong": "" if row["ok"] else "**wrong**",
+    peers = {"op, ms": "op", "FlashAttention, ms": "flash", "cuDNN, ms": "cudnn",
+             "FlexAttention, ms": "flex"}  # fmt: skip
+    lines = [
+        {
+            "tokens": f"{row['tokens']:,}",
+            "density": f"{row['density']:.3f}",
+            **{title: _milliseconds(row[name]) for title, name in peers.items() if row.get(name)},
+            "op / (density x Flash)": f"{row['of_ideal']:.2f}x",
+            "op / (density x faster dense)": f"{row['of_ideal_fastest_dense']:.2f}x",
+            "Flash / op": f"{row['speed_up']:.2f}x",
+            "Flex / op": _number(row["speed_up_over_flex"], "x"),
+            "host, ms": f"{row['op']['host_ms']:.2f}",
+            "": "" if row["ok"] else "**wrong**",
         }
-        table.append(line)
-    columns = {
-        "tokens": "tokens",
-        "density": "density",
-        "op, ms": "op",
-        "FlashAttention, ms": "flash",
-        "cuDNN, ms": "cudnn",
-        "FlexAttention, ms": "flex",
-        "op / (density x Flash)": "ideal",
-        "op / (density x faster dense)": "fastest",
-        "Flash / op": "dense",
-        "Flex / op": "over_flex",
-        "host, ms": "host",
-        "": "wrong",
-    }
+        for row in sorted(of_kind(rows, "op"), key=lambda r: (r["tokens"], r["density"]))
+    ]
     return [
         "## The op",
         "Medians (lowest to highest), in turns. Random blocks, the diagonal and block 0; a list "
         "for each head. Host: until the call came back.",
-        _table(table, columns),
-    ]
+        _table(lines, "tokens", "density", *peers, "op / (density x Flash)",
+               "op / (density x faster dense)", "Flash / op", "Flex / op", "host, ms", ""),
+    ]  # fmt: skip
 
 
 def _selection(rows: list[Row]) -> list[str]:
     kinds = {"estimator_time": "estimator", "plan_time": "plan of", "plain_time": "plain"}
     found = of_kind(rows, *kinds)
-    lengths = sorted({row["tokens"] for row in found})
-    cells = {(f"{kinds[row['kind']]} {row['what']}", row["tokens"]): row for row in found}
-    table = []
-    for what in dict.fromkeys(what for what, _ in cells):
-        line = {"what": what}
-        for n in lengths:
-            row = cells.get((what, n))
-            if row is not None:
-                density = row.get("density")
-                kept = "" if density is None else f", density {density:.2f}"
-                line[f"{n}"] = f"{row['of_dense']:.1%} ({row['ms']:.2f} ms{kept})"
-        table.append(line)
+    lines = []
+    for (kind, what), mine in _by(found, "kind", "what").items():
+        line = {"what": f"{kinds[kind]} {what}"}
+        for row in mine:
+            density = row.get("density")
+            kept = "" if density is None else f", density {density:.2f}"
+            line[f"{row['tokens']:,}"] = f"{row['of_dense']:.1%} ({row['ms']:.2f} ms{kept})"
+        lines.append(line)
     return [
         "## Selection",
         "Time as a share of dense FlashAttention's at that length.",
-        _table(table, {"what": "what", **{f"{n:,}": f"{n}" for n in lengths}}),
+        _table(lines, "what", *(f"{n:,}" for n in sorted({row["tokens"] for row in found}))),
     ]
 
 
 def _prefill(rows: list[Row]) -> list[str]:
     models = of_kind(rows, "model")
-    table = [
+    lines = [
         {
             "tokens": f"{row['tokens']:,}",
             "method": row["method"],
             "seconds": f"{row['seconds']:.3f}",
-            "speed_up": f"{row['speed_up']:.2f}x",
-            "over_flash": f"{row['speed_up_over_flash']:.2f}x",
+            "dense / this": f"{row['speed_up']:.2f}x",
+            "FlashAttention / this": f"{row['speed_up_over_flash']:.2f}x",
             "density": _number(row["density"]),
-            "layer": f"{row['seconds_per_layer'] * 1e3:.1f}",
-            "whole": f"~{row['seconds_32_layers_estimated']:.2f}",
-            "peak": f"{row['peak_gib']:.1f}",
+            "a layer, ms": f"{row['seconds_per_layer'] * 1e3:.1f}",
+            "32 layers, s": f"~{row['seconds_32_layers_estimated']:.2f}",
+            "peak, GiB": f"{row['peak_gib']:.1f}",
             "rounds": row["rounds"],
-            "exact": ", ".join(f"{why} {n}" for why, n in row["exact_calls"].items()),
+            "exact calls": ", ".join(f"{why} {n}" for why, n in row["exact_calls"].items()),
         }
         for row in sorted(of_kind(rows, "prefill"), key=lambda row: row["tokens"])
     ]
@@ -355,42 +326,31 @@ def _prefill(rows: list[Row]) -> list[str]:
         f"Time-to-first-token of a model shaped like Llama 3.1 8B, {layers} layers of it, random "
         "weights with biases that make attention local: densities are arbitrary, read them with "
         "the times. ~: an estimate, for 32 layers, that counts all time as the layers'.",
-        _table(
-            table,
-            {
-                "tokens": "tokens",
-                "method": "method",
-                "seconds": "seconds",
-                "dense / this": "speed_up",
-                "FlashAttention / this": "over_flash",
-                "density": "density",
-                "a layer, ms": "layer",
-                "32 layers, s": "whole",
-                "peak, GiB": "peak",
-                "rounds": "rounds",
-                "exact calls": "exact",
-            },
-        ),
-    ]
+        _table(lines, "tokens", "method", "seconds", "dense / this", "FlashAttention / this",
+               "density", "a layer, ms", "32 layers, s", "peak, GiB", "rounds", "exact calls"),
+    ]  # fmt: skip
 
 
 def _configurations(rows: list[Row]) -> list[str]:
-    timed = [{**row, "time": _milliseconds(row)} for row in of_kind(rows, "configuration")]
+    timed = [
+        {"configuration": row["config"], "tokens": row["tokens"], "ms": _milliseconds(row)}
+        for row in of_kind(rows, "configuration")
+    ]
     chosen = {
-        (row["kernel"], str(row["values"]), row["config"]): row
+        (row["kernel"], str(row["values"]), row["config"]): {
+            "kernel": row["kernel"],
+            "class": ", ".join(f"{name} {value}" for name, value in row["values"]),
+            "configuration": row["config"],
+        }
         for row in of_kind(rows, "chosen")
         if row["values"]
     }
-    classes = [
-        {**row, "class": ", ".join(f"{name} {value}" for name, value in row["values"])}
-        for row in chosen.values()
-    ]
     return [
         "## Configurations",
         "Of the op, each by itself:",
-        _table(timed, {"configuration": "config", "tokens": "tokens", "ms": "time"}),
+        _table(timed, "configuration", "tokens", "ms"),
         "What each shape class runs with, tuned at the first length of its stage:",
-        _table(classes, {"kernel": "kernel", "class": "class", "configuration": "config"}),
+        _table(chosen.values(), "kernel", "class", "configuration"),
     ]
 
 
@@ -412,11 +372,7 @@ def _number(value: float | None, unit: str = "") -> str:
     return "" if value is None else f"{value:.2f}{unit}"
 
 
-def _table(rows: Iterable[Any], columns: dict[str, str]) -> str:
-    """Markdown; `columns` maps headings to fields."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        fields = row if isinstance(row, dict) else asdict(row)
-        cells = (str(fields.get(name, "")).replace("|", "/") for name in columns.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _table(rows: Iterable[Row], *head: str) -> str:
+    """Markdown, of rows by heading; what a row has not stays empty."""
+    cells = ([str(row.get(name, "")).replace("|", "/") for name in head] for row in rows)
+    return "\n".join(table(head, "l" * len(head), cells))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from sparse_patch_eval.base.rows import Row
@@ -21,12 +22,8 @@ _SECONDS = 1.5
 
 def items(stage: Stage) -> list[tuple[str, Work]]:
     """Every length; plain functions at the target length come last."""
-    listed = [(f"{n:,} tokens", _at(stage, n)) for n in stage.scale.lengths]
-    return [*listed, ("plain functions", lambda: _plain(stage))]
-
-
-def _at(stage: Stage, n: int) -> Work:
-    return lambda: _measure(stage, n)
+    listed = [(f"{n:,} tokens", partial(_measure, stage, n)) for n in stage.scale.lengths]
+    return [*listed, ("plain functions", partial(_plain, stage))]
 
 
 def _measure(stage: Stage, n: int) -> Iterable[Row]:
@@ -36,7 +33,8 @@ def _measure(stage: Stage, n: int) -> Iterable[Row]:
     flash = dense(device, "flash", q, k, v)
     known = as_methods_call(stage, q, k)
     estimators = {
-        name: _call(function, *known[name]) for name, (_, function) in dispatch.KERNELS.items()
+        name: partial(function, *known[name][0], **known[name][1])
+        for name, (_, function) in dispatch.KERNELS.items()
     }
     times = interleaved(device, {"flash": flash, **estimators}, most=scale.rounds, seconds=_SECONDS)
     dense_ms = times.pop("flash").ms
@@ -61,10 +59,6 @@ def _row(kind: str, n: int, what: str, times: dict[str, Any], dense_ms: float) -
     return {"kind": kind, "tokens": n, "what": what, **times, "of_dense": share}
 
 
-def _call(function: Any, arguments: Any, options: Any) -> Callable[[], Any]:
-    return lambda: function(*arguments, **options)
-
-
 def _plain(stage: Stage) -> Iterable[Row]:
     """The estimators' plain functions at the target length, once each, the longest last."""
     n = stage.scale.target
@@ -76,7 +70,7 @@ def _plain(stage: Stage) -> Iterable[Row]:
     for name in sorted(dispatch.KERNELS, key=lambda name: (name == "search_leaves", name)):
         stage.need(10)
         function = dispatch.KERNELS[name][1].plain  # type: ignore[attr-defined]
-        call = _call(function, *known[name])
+        call = partial(function, *known[name][0], **known[name][1])
         with without_kernels():
             timing = interleaved(stage.device, {name: call}, most=1, seconds=1)[name]
         yield _row("plain_time", n, name, asdict(timing), dense_ms)

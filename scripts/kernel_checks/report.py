@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from sparse_patch_eval.base.markdown import table
+
 from kernel_checks.binary import Facts
 from kernel_checks.checks import complaints
 from kernel_checks.chips import CHIPS, KIB, Chip, Occupancy, occupancy
@@ -77,8 +79,7 @@ def _verdict(entries: Sequence[Entry]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return "\n".join(table(head, "l" * len(head), rows)) + "\n"
 
 
 def _rows(entries: Iterable[Entry]) -> dict[tuple[str, ...], dict[str, Entry]]:
@@ -155,13 +156,13 @@ def _roofline(entries: Sequence[Entry], chips: Sequence[Chip]) -> str:
         seen.setdefault((entry["dim"], rows, config_text(entry)), {})[entry["chip"]] = estimate
     if not seen:
         return ""
-    table = ([*key, *(_bound(here.get(chip.name)) for chip in chips)] for key, here in seen.items())
+    tiles = ([*key, *(_bound(here.get(chip.name)) for chip in chips)] for key, here in seen.items())
     return (
         "## ESTIMATE: the forward kernel against each chip's peak\n\nNot measured. Share of the "
         "dense bf16 peak (keys in L2 / all keys from memory) if copies, products and exp2 overlap "
         "perfectly; in brackets the unit that bounds it with keys in L2, and clocks per tile of "
         "tensor cores, exp2, shared memory, memory. See `scripts/kernel_checks/roofline.py`.\n\n"
-    ) + _table(["dim", "rows", "configuration", *(chip.name for chip in chips)], table)
+    ) + _table(["dim", "rows", "configuration", *(chip.name for chip in chips)], tiles)
 
 
 def _bound(estimate: Roofline | None) -> str:

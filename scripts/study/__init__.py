@@ -1,1 +1,1 @@
-"""What the studies share: methods at equal density, the oracle, methods on some heads only."""
+"""What the studies share: methods at equal density, prompts that are read twice, the oracle."""

@@ -18,7 +18,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sparse_patch_eval.ask.answer import likelihood
@@ -33,7 +32,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
-from sparse_patch import Method, Report
+from sparse_patch import Method
 from study.needles import NeedlePrompt
 
 
@@ -95,9 +94,12 @@ def compare(
     Args:
         rows: query rows per head and captured layer on which recall is measured, about.
     """
-    out, report, seconds = sparse_prefill(
-        model, prompt.input_ids, method, prompt.input_ids.shape[1] - prompt.scored.start
-    )
+    ids = prompt.input_ids.to(model.device)
+    with sparse_patch.patch(model, method, min_length=0) as handle:
+        start = time.perf_counter()
+        out = model(ids, use_cache=True, logits_to_keep=ids.shape[1] - prompt.scored.start)
+        seconds = time.perf_counter() - start
+        report = handle.report()
     logits = _scored(out.logits[0].float(), prompt)
     needle = score_needle(model, tokenizer, prompt, out.logits[0, -1].float(), out.past_key_values)
     plans = {layer: plan_of(method, layer, one) for layer, one in dense.layers.items()}
@@ -113,23 +115,6 @@ def compare(
         "recall": float(torch.tensor(recalls).mean()),
         "error": sum(errors) / len(errors),
     }
-
-
-@torch.inference_mode()
-def sparse_prefill(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    method: Method,
-    logits_to_keep: int | Tensor,
-    layers: list[int] | None = None,
-) -> tuple[Any, Report, float]:
-    """A prefill with `method` on `layers` (default: all): output, report, seconds."""
-    ids = input_ids.to(model.device)
-    with sparse_patch.patch(model, method, layers=layers, min_length=0) as handle:
-        start = time.perf_counter()
-        out = model(ids, use_cache=True, logits_to_keep=logits_to_keep)
-        seconds = time.perf_counter() - start
-    return out, handle.report(), seconds
 
 
 def next_token_nll(logits: Tensor, prompt: NeedlePrompt) -> float:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import typer
+from bench import calls
 from sparse_patch_kernels import BlockPlan
 
 TOY = {
@@ -22,10 +23,9 @@ TOY = {
 
 @pytest.fixture
 def bench(script, monkeypatch):
-    module = script("bench_kernels")
-    monkeypatch.setattr(module, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(calls, "LEAST_SECONDS", 0.0)
     threads = torch.get_num_threads()
-    yield module
+    yield script("bench_kernels")
     torch.set_num_threads(threads)
 
 
@@ -33,20 +33,19 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
-def test_every_plan_is_timed_in_every_round_and_once(bench, tmp_path, monkeypatch):
+def test_every_plan_is_timed_in_every_round_and_once(bench, tmp_path):
     bench.main(output=tmp_path, **TOY)
     found = rows(tmp_path)
     assert [row["round"] for row in found] == [0, 1]
     for row in found:
         assert set(row["seconds"]) == {"matmul", bench.SDPA, "ours 0.25", "ours 0.5"}
         assert 0.2 < row["density"]["0.25"] < row["density"]["0.5"] < 0.6
-    # Another density is timed anew, what is there is not.
-    calls = []
-    original = bench._timed
-    monkeypatch.setattr(bench, "_timed", lambda *a: calls.append(a[2]) or original(*a))
+    # Another round or density is timed anew, what is there is not.
     bench.main(output=tmp_path, **{**TOY, "rounds": 3})
     bench.main(output=tmp_path, **{**TOY, "densities": "0.25"})
-    assert calls == [[2]]
+    assert [row["round"] for row in rows(tmp_path)] == [0, 1, 2]
+    bench.main(output=tmp_path, **{**TOY, "densities": "0.3", "rounds": 1})
+    assert [list(row["density"]) for row in rows(tmp_path)] == [["0.25", "0.5"]] * 3 + [["0.3"]]
     assert "| 256 | GQA | 16 | float32 | 32 | 1 | random |" in (tmp_path / "table.md").read_text()
 
 
@@ -108,10 +107,10 @@ def test_missed_targets_are_marked_and_counted(bench):
 
     # In float32 8.5x over SDPA is asked for, and no less than FlexAttention.
     fast, slow = bench.cells([row("float32", 1.1, 1.2)]), bench.cells([row("float32", 1.2, 1.1)])
-    assert [cell.missed for cell in fast + slow] == [[], ["speed-up", "FlexAttention"]]
+    assert [cell.missed for cell in fast + slow] == [(), ("speed-up", "FlexAttention")]
     # In bfloat16 12x, and twice FlexAttention.
     (cell,) = bench.cells([row("bfloat16", 0.8, 1.5)])
-    assert cell.missed == ["FlexAttention"]
-    table = bench.markdown([row("float32", 1.2, 1.3)])
+    assert cell.missed == ("FlexAttention",)
+    table = bench.report([row("float32", 1.2, 1.3)])
     assert "1 of 1 cells up to 25 % density miss: speed-up." in table
     assert "0 of 1 cells up to 25 % density miss: FlexAttention." in table

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from bench import calls
 
 TOY = {
     "lengths": "768",
@@ -17,7 +18,7 @@ TOY = {
 
 @pytest.fixture
 def bench(script, monkeypatch):
-    monkeypatch.setattr(script("bench_kernels"), "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(calls, "LEAST_SECONDS", 0.0)
     threads = torch.get_num_threads()
     yield script("bench_selection")
     torch.set_num_threads(threads)
@@ -27,7 +28,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
-def test_every_method_that_chooses_is_timed_in_every_round_and_once(bench, tmp_path, monkeypatch):
+def test_every_method_that_chooses_is_timed_in_every_round_and_once(bench, tmp_path):
     bench.main(output=tmp_path, **TOY)
     found = rows(tmp_path)
     assert [row["round"] for row in found] == [0, 1]
@@ -43,13 +44,12 @@ def test_every_method_that_chooses_is_timed_in_every_round_and_once(bench, tmp_p
         assert set(row["seconds"]) == {bench.SDPA, *names}
         assert all(seconds > 0 for seconds in row["seconds"].values())
     # What is there is not timed again; another method is.
-    calls = []
-    original = bench._timed
-    monkeypatch.setattr(bench, "_timed", lambda *a: calls.append(a[4]) or original(*a))
     bench.main(output=tmp_path, **{**TOY, "rounds": 3})
     bench.main(output=tmp_path, **{**TOY, "methods": "moba"})
     bench.main(output=tmp_path, **{**TOY, "methods": "hip", "rounds": 1})
-    assert calls == [[2], [0]]
+    found = rows(tmp_path)
+    assert [row["round"] for row in found] == [0, 1, 2, 0]
+    assert list(found[3]["options"]) == ["hip"]
 
 
 def test_layers_of_a_model_are_timed(bench, folder, tmp_path):
@@ -77,8 +77,8 @@ def test_missed_targets_are_marked_and_counted(bench):
     assert [len(found) for found in missed.values()] == [0, 0, 1, 0, 1]
     # HiP takes at most six times as long at 32k as at 8k.
     slow, fast = ([row(8192, 0.1), row(32768, plan)] for plan in (5.7, 5.5))
-    assert [cell.missed for cell in bench.cells(slow)] == [[], ["share", "growth"]]
-    assert [cell.missed for cell in bench.cells(fast)] == [[], ["share"]]
+    assert [cell.missed for cell in bench.cells(slow)] == [(), ("share", "growth")]
+    assert [cell.missed for cell in bench.cells(fast)] == [(), ("share",)]
     others = [row(8192, 0.1, "psa"), row(32768, 2.0, "psa")]
-    assert [cell.missed for cell in bench.cells(others)] == [[], []]
-    assert "1 of 2 cells from 8k on miss their share." in bench.markdown(slow)
+    assert [cell.missed for cell in bench.cells(others)] == [(), ()]
+    assert "1 of 2 cells from 8k on miss their share." in bench.report(slow)

@@ -232,11 +232,11 @@ def test_bench_measures_in_rounds_and_goes_on_where_it_stopped(folder, bench, mo
 
     lines = (out / "runs.jsonl").read_text().splitlines()
     (out / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])
-    timed = []
-    original = bench._timed
-    monkeypatch.setattr(bench, "_timed", lambda *a: timed.append(a) or original(*a))
+    prefills = []
+    original = bench.with_peak
+    monkeypatch.setattr(bench, "with_peak", lambda *a: prefills.append(a) or original(*a))
     bench.main(**options)
-    assert len(timed) == 3 + 3  # a warm-up each, and the one round that was cut short
+    assert len(prefills) == 3 + 3  # a warm-up each, and the one round that was cut short
 
 
 FAKE_ENGINE = """
@@ -327,10 +327,10 @@ def test_bench_ratios_are_paired_by_round(bench):
 
     rows = [row(bench.DENSE, s, t) for s, t in enumerate((1.0, 10.0, 4.0))]
     rows += [row("m", s, t) for s, t in enumerate((0.5, 10.0, 1.0))]
-    dense, cell = bench._cells(rows, 8, ["m"])
-    assert (dense.speed_up, dense.seconds) == (1.0, 4.0)
-    assert (cell.speed_up, cell.low, cell.high) == (2.0, 1.0, 4.0)
-    assert (cell.density, cell.exact) == (0.25, 0.25)
+    dense, cell = bench.cells(rows, 8, [bench.DENSE, "m"], "float32")
+    assert (dense.ratio.median, dense.seconds) == (1.0, 4.0)
+    assert (cell.ratio.median, cell.ratio.low, cell.ratio.high) == (2.0, 1.0, 4.0)
+    assert (cell.facts["density"], cell.facts["exact"]) == (0.25, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -355,6 +355,6 @@ def test_bench_says_which_targets_a_method_misses(bench, tokens, dtype, seconds,
     peers = ["openvino", "llama.cpp"]
     rows = [row(bench.DENSE, 10.0), row("m", seconds, recall=recall)]
     rows += [row(name, t) for name, t in zip(peers, (6.0, 7.0), strict=True)]
-    cells = bench._cells(rows, tokens, ["m", *peers])
-    found = {cell.method: bench.misses(cell, cells, dtype) for cell in cells}
+    cells = bench.cells(rows, tokens, [bench.DENSE, "m", *peers], dtype)
+    found = {cell.name: ", ".join(cell.missed) for cell in cells}
     assert found == {bench.DENSE: "", "m": missed, **dict.fromkeys(peers, "")}

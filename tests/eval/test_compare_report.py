@@ -1,7 +1,8 @@
 """Tables of a comparison: paired, ranked at equal density only."""
 
 import pytest
-from study.compare_report import DENSE, KL, Entry, Group, draw, groups, markdown
+from bench.prefills import DENSE
+from study.report import KL, Entry, Group, draw, groups, markdown
 
 MACHINE = {
     "git": "abc1234", "device": "CPU", "cpu_capability": "AVX2", "threads": 1, "torch": "2",

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from sparse_patch_eval.base.options import parse_method, spec_of, split_method
-from study.tuner import Tuner
+from study.tuning import Tuner
 
 import sparse_patch
 

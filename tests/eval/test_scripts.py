@@ -70,7 +70,7 @@ def test_recall_table_measures_every_method_layer_and_prompt(script, recall_opti
         if row["method"] == SPARSE:
             assert row["oracle_density"] <= row["judged_density"] + 1e-9
     table = (out / "table.md").read_text()
-    assert table.count("\n| ") == 3 + 0
+    assert table.count("\n| ") == 1 + 3  # the rule below the headings
     assert "| a_shape | " in table
     assert "| 1.000 | 1.0000 | 1.000 | 100% | 1.000 | 1.00 |" in table
     assert (out / "recall.png").read_bytes().startswith(b"\x89PNG")
@@ -82,7 +82,7 @@ def test_recall_table_measures_every_method_layer_and_prompt(script, recall_opti
     assert (len(prefills), len(measured)) == (1, 0)  # the oracle's line was the one cut
     module.main(**{**recall_options, "method": [SPARSE, "a_shape:window=32,sink=8"]})
     assert (len(prefills), len(measured)) == (3, 4)
-    assert (out / "table.md").read_text().count("\n| ") == 2
+    assert (out / "table.md").read_text().count("\n| ") == 1 + 2
 
 
 def test_recall_table_runs_all_methods_and_presets_by_default(script):
@@ -149,44 +149,6 @@ def test_compare_tunes_measures_and_goes_on(script, compare_options, monkeypatch
     assert (len(captured), len(baselines), len(compared)) == (0, 2, 1 + 3)
 
 
-@pytest.fixture
-def part_options(folder, common, tmp_path):
-    return {
-        **common,
-        "output": tmp_path / "parts",
-        "method": "a_shape:window=64,sink=4",
-        "length": "1100",
-        "parts": "thirds,layers,heads",
-        "only_layers": "0,1",
-        "share": 0.25,
-        "prompts": 1,
-        "positions": 64,
-        "rows": 256,
-        "text": str(folder / "walks.txt"),
-    }
-
-
-def test_kl_by_part_runs_parts_alone(script, part_options, tmp_path, monkeypatch):
-    module = script("kl_by_part")
-    module.main(**part_options)
-    rows = {row["part"]: row for row in lines(tmp_path / "parts" / "rows.jsonl")}
-    assert list(rows) == module.part_names(["thirds", "layers", "heads"], [0, 1])
-    both = rows["layer 0"]["mass_lost"] + rows["layer 1"]["mass_lost"]
-    assert rows["all"]["mass_lost"] == pytest.approx(both)
-    assert rows["worst heads"]["mass_lost"] > rows["best heads"]["mass_lost"] > 0
-    assert rows["third 1"]["kl"] == pytest.approx(0, abs=1e-9)  # of two layers, none
-    assert rows["all"]["kl"] > rows["layer 0"]["kl"] > 1e-6
-    assert rows["layer 0"]["density"] == pytest.approx((1 + rows["all"]["density"]) / 2)
-    assert sum(rows["all"]["kl_bins"]) / 16 == pytest.approx(rows["all"]["kl"], rel=1e-5)
-    assert rows["all"]["kl_bins"][0] < 0.2 * max(rows["all"]["kl_bins"])  # the window holds it all
-    for name in ("layers.png", "positions.png"):
-        assert (tmp_path / "parts" / name).read_bytes().startswith(b"\x89PNG")
-    cut(tmp_path / "parts" / "rows.jsonl")
-    runs = counted(monkeypatch, module, "sparse_prefill")
-    module.main(**part_options)
-    assert len(runs) == 1
-
-
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -203,17 +165,14 @@ def test_kl_by_part_runs_parts_alone(script, part_options, tmp_path, monkeypatch
         ("compare_methods", {"scored": 900}, "too short"),
         ("compare_methods", {"model": "./no/such"}, "no model folder"),
         ("compare_methods", {"method": ["a_shape:window"]}, "must be key=value"),
-        ("kl_by_part", {"parts": "heads,tails"}, "some of thirds, layers, heads"),
-        ("kl_by_part", {"share": 0.7}, "above 0 and at most 0.5"),
     ],
 )
 def test_bad_options_end_before_any_work(
-    script, recall_options, compare_options, part_options, capsys, name, change, message
+    script, recall_options, compare_options, capsys, name, change, message
 ):
     options = {
         "recall_table": recall_options,
         "compare_methods": compare_options,
-        "kl_by_part": part_options,
     }[name]
     with pytest.raises(typer.Exit) as error:
         script(name).main(**{**options, **change})

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from bench.peak import peak_is_known, resident_bytes, with_peak
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peak import peak_is_known, resident_bytes, with_peak
 from sparse_patch_kernels import block_sparse_attention
 
 from sparse_patch import get_method, list_methods

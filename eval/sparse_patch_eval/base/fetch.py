@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["FetchError", "PackageFile", "package_file"]
+__all__ = ["FetchError", "PackageFile", "package_file", "staged"]
 
 _STDERR = 2  # file descriptor: pip's progress goes to stderr, not into our output
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from plots import legend_outside, style
+from bench.plots import legend_outside, style
+from bench.prefills import DENSE
+from scipy.stats import rankdata
 from sparse_patch_eval.base.markdown import table
 from sparse_patch_eval.base.rows import Row
 from sparse_patch_eval.base.stats import bootstrap
 from sparse_patch_eval.tasks.problem import CANDIDATES
 
-from study.ranking import ranks, winner
-
-DENSE = "dense SDPA"
 # A method is ranked where it keeps, on the measured prompts, what the target says give or take this
 # share: texts differ in density, so that tuning on other prompts does not meet it exactly.
 SLACK = 0.1
@@ -80,14 +79,22 @@ class Group:
         pairs = zip(self.rows[spec], self.rows[DENSE], strict=True)
         return [row[metric.key] - dense[metric.key] for row, dense in pairs]
 
+    def means(self, metric: Metric) -> dict[str, float]:
+        """By method, smallest first."""
+        means = {spec: fmean(self.values(spec, metric)) for spec in self.specs}
+        return dict(sorted(means.items(), key=lambda item: item[1]))
+
+    @property
     def ranked(self) -> list[str]:
         """Those that keep what the target says."""
-        if self.target is None:
-            return []
-        off = {spec: abs(self.density(spec) / self.target - 1) for spec in self.specs}
-        return [spec for spec in self.specs if off[spec] <= SLACK]
+        return [
+            spec
+            for spec in self.specs
+            if self.target is not None and abs(self.density(spec) / self.target - 1) <= SLACK
+        ]
 
-    def needles(self) -> list[int]:
+    @property
+    def keys(self) -> list[int]:
         """Numbers of keys that the prompts have."""
         return sorted({row["keys"] for row in self.rows[DENSE]})
 
@@ -119,73 +126,61 @@ def markdown(entries: list[Entry], rows: list[Row], *, seed: int, about: str) ->
 
 def _section(group: Group, seed: int) -> str:
     title = "its own density" if group.target is None else f"density {group.target:g}"
-    n = f"{len(group.prompts)} prompts"
-    lines = [
-        f"## At {title}, {n}",
-        "",
-        *_attention_table(group, seed),
-        "",
-        *_needle_table(group, seed),
-    ]
-    if group.ranked():
+    lines, by_kl = [f"## At {title}, {len(group.prompts)} prompts", ""], group.means(KL)
+    metrics = (KL, NLL, RECALL, ERROR)
+    columns = {metric: _column(group, metric, seed) for metric in (*metrics, NEEDLE_NLL, MARGIN)}
+    lines += table(
+        ("method", "density", *(metric.title for metric in metrics)),
+        "lrrrrr",
+        (
+            (spec, f"{group.density(spec):.3f}", *(columns[metric][spec] for metric in metrics))
+            for spec in by_kl
+        ),
+    )
+    head = ["method", NEEDLE_NLL.title, MARGIN.title]
+    head += [f"{what}, {_keys(keys)}" for keys in group.keys for what in ("margin", "greedy")]
+    needles = (
+        (spec, *(columns[metric].get(spec, "0") for metric in (NEEDLE_NLL, MARGIN)),
+         *(cell for keys in group.keys for cell in _needles(group, spec, keys)))
+        for spec in (DENSE, *by_kl)
+    )  # fmt: skip
+    lines += ["", *table(head, "l" + "r" * (len(head) - 1), needles)]
+    if group.ranked:
         lines += ["", *(_verdict(group, metric, seed) for metric in (KL, NEEDLE_NLL, MARGIN))]
     return "\n".join([*lines, *_unmeasurable(group)])
 
 
-def _attention_table(group: Group, seed: int) -> list[str]:
-    metrics = (KL, NLL, RECALL, ERROR)
-    rows = (
-        (spec, f"{group.density(spec):.3f}", *(_cell(group, spec, m, seed) for m in metrics))
-        for spec in _by_kl(group)
-    )
-    return table(
-        ("method", "density", *(m.title for m in metrics)), "lr" + "r" * len(metrics), rows
-    )
+def _column(group: Group, metric: Metric, seed: int) -> dict[str, str]:
+    """Mean, interval and rank of each method."""
+    means, ranked = group.means(metric), group.ranked
+    places = ranks({spec: means[spec] for spec in ranked}, metric.lower_is_better)
+    return {
+        spec: f"{bootstrap(group.values(spec, metric), seed=seed)} ({places.get(spec, '-')})"
+        for spec in group.specs
+    }
 
 
-def _needle_table(group: Group, seed: int) -> list[str]:
-    names = [_keys(keys) for keys in group.needles()]
-    head = ["method", NEEDLE_NLL.title, MARGIN.title]
-    head += [f"{what}, {name}" for name in names for what in ("margin", "greedy")]
-    lines = []
-    for spec in (DENSE, *_by_kl(group)):
-        own = spec == DENSE
-        cells = ["0" if own else _cell(group, spec, m, seed) for m in (NEEDLE_NLL, MARGIN)]
-        for keys in group.needles():
-            mine = [row for row in group.rows[spec] if row["keys"] == keys]
-            right = sum(row["right"] for row in mine)
-            cells += [f"{fmean(row['margin'] for row in mine):.3f}", f"{right}/{len(mine)}"]
-        lines.append([spec, *cells])
-    return table(head, "l" + "r" * (len(head) - 1), lines)
+def _needles(group: Group, spec: str, keys: int) -> tuple[str, str]:
+    """Margin, and how often right, on prompts with so many keys."""
+    mine = [row for row in group.rows[spec] if row["keys"] == keys]
+    right = sum(row["right"] for row in mine)
+    return f"{fmean(row['margin'] for row in mine):.3f}", f"{right}/{len(mine)}"
 
 
 def _keys(number: int) -> str:
     return f"{number} key{'s' if number > 1 else ''}"
 
 
-def _by_kl(group: Group) -> list[str]:
-    return sorted(group.specs, key=lambda spec: fmean(group.values(spec, KL)))
-
-
-def _cell(group: Group, spec: str, metric: Metric, seed: int) -> str:
-    found = bootstrap(group.values(spec, metric), seed=seed)
-    means = {name: fmean(group.values(name, metric)) for name in group.ranked()}
-    place = ranks(means, lower_is_better=metric.lower_is_better).get(spec, "-")
-    return f"{found} ({place})"
-
-
 def _verdict(group: Group, metric: Metric, seed: int) -> str:
-    values = {spec: group.values(spec, metric) for spec in group.ranked()}
-    best = winner(values, lower_is_better=metric.lower_is_better, seed=seed)
-    others = (
-        f"not told apart from it: {', '.join(best.ties)}" if best.ties else "told apart from all"
-    )
-    return f"- {metric.title}: best is {best.name}; {others}."
+    values = {spec: group.values(spec, metric) for spec in group.ranked}
+    best, ties = winner(values, metric.lower_is_better, seed)
+    others = f"not told apart from it: {', '.join(ties)}" if ties else "told apart from all"
+    return f"- {metric.title}: best is {best}; {others}."
 
 
 def _unmeasurable(group: Group) -> list[str]:
     lines = []
-    for keys in group.needles():
+    for keys in group.keys:
         dense = [row for row in group.rows[DENSE] if row["keys"] == keys]
         first = sum(row["margin"] > 0 for row in dense)
         if first < _MEASURABLE * len(dense):
@@ -194,6 +189,33 @@ def _unmeasurable(group: Group) -> list[str]:
                 f"right number first in {first} of {len(dense)} prompts."
             )
     return lines
+
+
+def ranks(means: Mapping[str, float], lower_is_better: bool) -> dict[str, int]:
+    """1 for the best; equals share the better rank."""
+    sign = 1 if lower_is_better else -1
+    places = rankdata([sign * mean for mean in means.values()], method="min")
+    return {name: int(place) for name, place in zip(means, places, strict=True)}
+
+
+def winner(
+    values: Mapping[str, Sequence[float]], lower_is_better: bool, seed: int = 0
+) -> tuple[str, list[str]]:
+    """The method with the best mean, and those that cannot be told apart from it, best first.
+
+    That is, whose paired difference to it has an interval with 0 in it.
+
+    Args:
+        values: one number a prompt, prompts in the same order.
+    """
+    sign = 1 if lower_is_better else -1
+    best, *others = sorted(values, key=lambda name: sign * fmean(values[name]))
+    ties = []
+    for name in others:
+        gap = bootstrap([a - b for a, b in zip(values[name], values[best], strict=True)], seed=seed)
+        if gap.low <= 0 <= gap.high:
+            ties.append(name)
+    return best, ties
 
 
 def draw(axes: Any, entries: list[Entry], rows: list[Row], metric: str) -> None:
