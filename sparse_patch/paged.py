@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .call import Call, as_sdpa_gets_them
 from .layer import LayerState, Run, attend_batch
@@ -35,7 +35,7 @@ def is_paged(given: Mapping[str, Any]) -> bool:
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes differ from step to step
 def attend_requests(
     state: LayerState | None,
-    module: nn.Module,
+    module: Any,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -101,7 +101,7 @@ def _refuse_layout(q: Tensor, given: Mapping[str, Any]) -> None:
 
 
 def _with_cached(
-    module: nn.Module, k: Tensor, v: Tensor, layout: dict[str, Any]
+    module: Any, k: Tensor, v: Tensor, layout: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Store the new keys and values; those of all requests, `[1, kv_heads, keys, ...]`.
 
@@ -118,7 +118,7 @@ def _with_cached(
     return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
 
-def _slides(module: nn.Module) -> bool:
+def _slides(module: Any) -> bool:
     """Is this a layer of which the cache keeps a window only? By the rule of the cache."""
     kinds = getattr(module.config, "layer_types", None)
     if kinds is None:
