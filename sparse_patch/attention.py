@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .call import Call, as_sdpa_gets_them
 from .layer import LayerState, attend_batch
+from .paged import attend_requests, is_paged
 
 # The attribute of a patched attention module that holds its LayerState.
 STATE = "_sparse_patch"
@@ -44,11 +45,14 @@ def attention_function(
         RuntimeError: see `Call.read` and `refuse_tracing`.
     """
     refuse_tracing()
+    state: LayerState | None = getattr(module, STATE, None)
+    if is_paged(kwargs):
+        out = attend_requests(state, module, query, key, value, scaling, dropout, kwargs)
+        return out, None
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     compiling, recorded = torch.compiler.is_compiling(), is_recorded(query)
     q, k, v = as_sdpa_gets_them(query, key, value)
     call = Call.read(module, q, k, attention_mask, scaling, dropout, kwargs)
-    state: LayerState | None = getattr(module, STATE, None)
     if compiling and needs_grad:
         return _outside_the_graph(state, q, k, v, attention_mask, call), None
     if recorded and not needs_grad:

@@ -99,8 +99,9 @@ def _refuse_keywords(kw: Mapping[str, Any], mask: Tensor | None) -> None:
             )
         if name == "cache":
             raise RuntimeError(
-                "sparse_patch: continuous batching (paged caches) is not supported. Call "
-                "sparse_patch.unpatch(model), or use model.generate."
+                "sparse_patch: a paged cache reached attention without what continuous batching "
+                "says of its requests (read_index, cu_seq_lens_q, ...). Use model.generate_batch "
+                "or model.generate, or call sparse_patch.unpatch(model)."
             )
         if name not in _IN_THE_MASK and value is not False:
             raise RuntimeError(

@@ -23,6 +23,7 @@ from .attention import STATE, refuse_tracing
 from .book import Book, book_of, is_ours
 from .layer import LayerState
 from .masks import PACKING, starts_of
+from .paged import is_paged
 from .sequences import CausalMask
 
 
@@ -37,7 +38,7 @@ class _Forward:
 
     decoder: PreTrainedModel
     asked: list[tuple[LayerState, int]]
-    outer: tuple[Tensor | None, bool]
+    outer: tuple[Tensor | None, bool, bool]
 
 
 class _Running(threading.local):
@@ -78,11 +79,13 @@ def _before(decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None
     if torch.compiler.is_compiling() or book is None:
         return
     asked = [(state, state.asked) for state in book.states()]
-    _running.forwards.append(_Forward(decoder, asked, (PACKING.starts, PACKING.heard)))
-    PACKING.starts, PACKING.heard = None, False
-    cls: Any = type(decoder)
-    by_name = dict(zip(_parameters(cls), args, strict=False))
-    PACKING.starts = _packed_starts(by_name | kwargs)
+    outer = PACKING.starts, PACKING.heard, PACKING.paged
+    _running.forwards.append(_Forward(decoder, asked, outer))
+    PACKING.starts, PACKING.heard, PACKING.paged = None, False, is_paged(kwargs)
+    if not PACKING.paged:
+        cls: Any = type(decoder)
+        by_name = dict(zip(_parameters(cls), args, strict=False))
+        PACKING.starts = _packed_starts(by_name | kwargs)
 
 
 def _after(decoder: PreTrainedModel, args: Any, output: Any) -> None:
@@ -90,7 +93,7 @@ def _after(decoder: PreTrainedModel, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling() or not forwards or forwards[-1].decoder is not decoder:
         return
     forward, unheard = forwards.pop(), PACKING.starts is not None and not PACKING.heard
-    PACKING.starts, PACKING.heard = forward.outer
+    PACKING.starts, PACKING.heard, PACKING.paged = forward.outer
     if output is None:  # an error is on its way
         return
     if unheard:

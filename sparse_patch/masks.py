@@ -28,10 +28,12 @@ class Packing(threading.local):
         starts: int64 `[batch, q_len]`, on the CPU: where the sequence of each query begins; None:
             no packed sequences are known.
         heard: has a mask been made from `starts`?
+        paged: are its sequences requests of continuous batching? Those need no mask (see `paged`).
     """
 
     starts: Tensor | None = None
     heard: bool = False
+    paged: bool = False
 
 
 PACKING = Packing()
@@ -66,6 +68,8 @@ def mask_function(
     config = kwargs.get("config")
     if config is not None and not torch.compiler.is_compiling():
         warn_unless_held(config)
+    if PACKING.paged:
+        return None
     ends_with_the_queries = (
         not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
     )

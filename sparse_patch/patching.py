@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from . import methods as _methods  # noqa: F401 - registers the built-in methods
 from .attention import attention_function
+from .batching import forget_manager, init_continuous_batching
 from .book import (
     NAME,
     Book,
@@ -215,6 +217,7 @@ class Patch:
             hook.remove()
         if all(patch.model is not self.model for patch in book.patches):
             del self.model.__dict__["init_continuous_batching"]
+            forget_manager(self.model)
         if book.patches:
             book.hang_latest()
         else:
@@ -226,7 +229,9 @@ class Patch:
         book.hooks = book.hooks or hook_decoder(decoder)
         book.patches.append(self)
         book.hang_latest()
-        self.model.__dict__["init_continuous_batching"] = _refuse_continuous_batching
+        self.model.__dict__["init_continuous_batching"] = partial(
+            init_continuous_batching, self.model, book
+        )
         self._hooks = [
             hook
             for module, state in self._states
@@ -251,13 +256,6 @@ def _patches(model: nn.Module) -> list[Patch]:
     """The active patches of a model, oldest first."""
     book = book_of(decoder_of(transformers_model(model)))
     return [] if book is None else list(book.patches)
-
-
-def _refuse_continuous_batching(*_: Any, **__: Any) -> None:
-    raise RuntimeError(
-        "sparse_patch: continuous batching (generate_batch, paged caches) is not supported; it "
-        "would replace the patched attention. Call sparse_patch.unpatch(model), or use generate."
-    )
 
 
 def _of_profile(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -134,6 +135,42 @@ def spans_of(mask: Tensor | None, batch: int, q_len: int) -> list[list[Span]]:
         if isinstance(mask, CausalMask):  # its values never change
             setattr(mask, _SPANS, known)
     return known[1]
+
+
+def requests_of(query_ends: Sequence[int], key_ends: Sequence[int]) -> list[Span]:
+    """The requests of a row in which an engine has packed several, one after the other.
+
+    Args:
+        query_ends: 0, and where the queries of each request end.
+        key_ends: 0, and where its keys end, those that came in earlier steps before its queries'.
+
+    Returns:
+        A span for each request that has queries; engines pad a batch with others.
+
+    Raises:
+        ValueError: the two are not of the same requests.
+    """
+    requests = []
+    pairs = zip(pairwise(query_ends), pairwise(key_ends), strict=True)
+    for (query, query_end), (key, key_end) in pairs:
+        if query_end - query > key_end - key:
+            raise ValueError(
+                f"a request of {query_end - query} queries has {key_end - key} keys: "
+                f"query_ends={list(query_ends)}, key_ends={list(key_ends)}"
+            )
+        if query < query_end:
+            requests.append(Span(slice(key, key_end), slice(query, query_end)))
+    return requests
+
+
+def window_of(kv_len: int, window: int | None) -> CausalMask | None:
+    """The mask `[1, kv_len]` of one sequence whose rows see `window` keys each; None: that, or that
+    there is no window, hides nothing."""
+    if window is None or kv_len <= window:
+        return None
+    first = (torch.arange(kv_len) - window + 1).clamp(min=0)
+    mask: CausalMask = first[None].as_subclass(CausalMask)
+    return mask
 
 
 def visible_to_last(mask: Tensor) -> Tensor:

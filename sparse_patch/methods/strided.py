@@ -13,7 +13,7 @@ before are always kept.
 Why not from the last query block, as ProxyAttn does: a few heads look up single keys, different
 ones in every row. A budget read off the ranked rows says that they need little; the rows between
 lose the one key they need, which costs more next-token loss than anything else that is dropped
-(scripts/where_it_hurts.py, results/where_it_hurts).
+(results/where_it_hurts).
 
 `preset="fine"` is the recommended setting (README, results/compare_4k): key blocks of 16 for 64
 queries, which waste less of a given density and cost the same to score, and the last 64 queries,
