@@ -29,7 +29,7 @@ from torch import Tensor
 from .costs import CostModel, Work, of_this_machine
 
 SHARE = 0.01
-# Devices whose work cannot be timed without waiting for it run sparse from so many keys on.
+# Where neither a budget nor a measurement (`break_even`) decides, sparse from so many keys on.
 ELSEWHERE_MIN_LENGTH = 16384
 # The best to hope for: a plan of so few seconds, where none was timed, that keeps so little.
 LEAST_PLAN_SECONDS = 2e-4

@@ -87,7 +87,8 @@ def patch(
             cost on this machine (`sparse_patch.costs`, measured once, in a few seconds) and by what
             plans took and saved so far (`sparse_patch.budget`). Which calls run sparse then depends
             on timing; exact ones may run through the op, which rounds otherwise than SDPA; and
-            decode steps run exact. On a GPU "auto" means 16,384.
+            decode steps run exact. On a GPU: from so many keys on as the method takes to be faster
+            than SDPA there, timed at the first call of 4,096 keys or more, in about a second.
         min_queries: calls with fewer queries against longer keys run exact (speculative decoding).
         backend: one of `sparse_patch_kernels.BACKENDS`. A named one runs or raises; "auto" chooses.
         measure_recall: also measure the attention mass kept, which costs about a dense prefill; a
