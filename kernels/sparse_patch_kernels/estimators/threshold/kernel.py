@@ -59,11 +59,11 @@ def _least_kept(mass, least, room, n, limit, BLOCK: tl.constexpr):
     high = 0x7F800000  # infinity, above which there is nothing
     while low < high:
         middle = (low + high) // 2
-        if _sum_above(mass, n, middle.to(tl.float32, bitcast=True), BLOCK) <= limit:
+        if _sum_above(mass, n, tl.cast(middle, tl.float32, bitcast=True), BLOCK) <= limit:
             high = middle
         else:
             low = middle + 1
-    number = low.to(tl.float32, bitcast=True)
+    number = tl.cast(low, tl.float32, bitcast=True)
     left = limit - _sum_above(mass, n, number, BLOCK)
     # Zeros add nothing: all of them are within the limit.
     fit = tl.where(number > 0, left / tl.where(number > 0, number, 1.0), n * 1.0)
