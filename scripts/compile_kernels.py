@@ -10,7 +10,14 @@ shared memory and instructions from the binaries. Needs Triton; no GPU.
 Writes `kernels.json` (an entry per binary) and `kernels.md` into the output folder. A binary whose
 source, types, constants and options have not changed is not compiled again. Ends with exit code 1
 if one has a fault: local memory in a default, no tensor cores for products, more shared memory than
-the chip has, or no asynchronous copies in a pipelined loop.
+the chip has, no asynchronous copies in a pipelined loop, products of warp groups that wait for one
+another or whose registers are overwritten, or too many instructions a key in the forward kernel.
+
+Triton brings its own ptxas, and another version makes other binaries. What holds under one Triton
+is asked of another in an environment of its own, with results in a folder of their own:
+
+    pip install --no-deps --target /tmp/triton-3.6 triton==3.6.0
+    PYTHONPATH=/tmp/triton-3.6 python scripts/compile_kernels.py --output /tmp/kernels-3.6
 """
 
 from __future__ import annotations
@@ -39,7 +46,7 @@ from sparse_patch_eval.base.machine import machine
 
 try:
     import triton
-    from kernel_checks.build import Build, door_chip
+    from kernel_checks.build import Build, assembler, door_chip
     from kernel_checks.case import Case
     from kernel_checks.cases import cases
     from sparse_patch_kernels.triton.launch import INTERPRETED, Launch, recording
@@ -131,6 +138,7 @@ def jobs_of(case: Case, chip: Chip) -> list[Job]:
                 },
                 "default": j == 0,
                 "chip": chip.name,
+                "most": case.most.get(chip.name),
                 "constants": _plain(build.constants),
                 "key": build.key,
             }
@@ -154,13 +162,14 @@ def compiled(job: Job) -> dict[str, Any]:
     launch = _launches(job.case, chip)[job.launch]
     build = Build.of(launch, launch.configs[job.config], chip)
     try:
-        kernel, seconds = build.compile()
+        made = build.compile()
     except Exception as error:
         # Whatever Triton, LLVM or ptxas object to is a finding, and no reason to stop. A message of
         # Triton's quotes the source first.
         message = (str(error).strip().splitlines() or [""])[-1]
         return {**job.about, "facts": None, "error": f"{type(error).__name__}: {message}"}
-    return {**job.about, "facts": asdict(facts(kernel)), "seconds": round(seconds, 2)}
+    known = asdict(facts(made.kernel, made.log))
+    return {**job.about, "facts": known, "seconds": round(made.seconds, 2)}
 
 
 def _current(
@@ -253,8 +262,11 @@ def environment() -> dict[str, Any]:
         "machine": {name: about[name] for name in ("device", "platform", "python", "torch")},
         "versions": {
             "triton": triton.__version__,
-            "ptxas": knobs.nvidia.ptxas.version,
-            "ptxas (sm_100)": knobs.nvidia.ptxas_blackwell.version,
+            **{
+                f"ptxas ({name})": assembler(chip)
+                for name, chip in CHIPS.items()
+                if chip.target().backend == "cuda"
+            },
             "nvdisasm": knobs.nvidia.nvdisasm.version,
         },
         "commit": about["git"],

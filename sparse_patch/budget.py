@@ -29,7 +29,7 @@ from torch import Tensor
 from .costs import CostModel, Work, of_this_machine
 
 SHARE = 0.01
-# Fewest keys of a sparse call on devices whose work cannot be timed without waiting for it.
+# Fewest keys of a sparse call where neither a budget nor a measurement (`break_even`) decides.
 ELSEWHERE_MIN_LENGTH = 16384
 # The best to hope for: seconds of a plan, where none was timed, and the density that it keeps.
 LEAST_PLAN_SECONDS = 2e-4

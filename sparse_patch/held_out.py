@@ -8,6 +8,9 @@ from sparse_patch_kernels.estimators.ranking import add_losses, rank_and_test
 from sparse_patch_kernels.estimators.token_scores import pooled_rows, sampled_rows
 from torch import Tensor
 
+# Shares of blocks that a GPU holds at a time: 128 MiB. Small tiles would keep it waiting.
+_GPU_ELEMENTS = 1 << 25
+
 
 def ranking_loss(
     q: Tensor, k: Tensor, scale: float, order: Tensor, *, block_q: int, block_k: int, stride: int
@@ -31,13 +34,16 @@ def ranking_loss(
     (heads, q_len, _), blocks, offset = q.shape, order.shape[2], k.shape[1] - q.shape[1]
     order = order.repeat_interleave(heads // order.shape[0], 0)
     squares = torch.zeros(heads, blocks, device=q.device)
-    rows, block_of = sampled_rows(q_len, offset, block_q, stride, stride // 2, q.device)
-    step = max(1, TILE_ELEMENTS // (heads * blocks))
+    sample = q_len, offset, block_q, stride, stride // 2
+    rows, block_of = sampled_rows(*sample, q.device)
+    known = sampled_rows(*sample, torch.device("cpu"))[1]  # to look at without waiting for a GPU
+    at_once = TILE_ELEMENTS if q.device.type == "cpu" else _GPU_ELEMENTS
+    step = max(1, at_once // (heads * blocks))
     for first in range(0, len(rows), step):
         tile, block = rows[first : first + step], block_of[first : first + step]
         mass = pooled_rows(q, k, scale, tile, tile + offset + 1, width=block_k)
         # Key blocks past the last of these query blocks are ranked after all visible ones.
-        end = (offset // block_q + int(block[-1]) + 1) * block_q
+        end = (offset // block_q + int(known[first : first + step][-1]) + 1) * block_q
         add_losses(squares, mass, order[:, block, : -(-end // block_k)])
     return (squares / len(rows)).sqrt_()
 

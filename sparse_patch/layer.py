@@ -229,7 +229,8 @@ def _attend_span(
     decodes, step = q.shape[1] == 1 and state.sparse_decode, state.memories.step
     memory = step.memory(row, k.shape[1]) if decodes else None
     new = k if memory is None else k[:, -1:]  # earlier steps have checked the earlier keys
-    run = Run(why_sequence_exact(state.options, q, k, new, bill))
+    least = state.options.least_keys(state.method, q, k, v)
+    run = Run(why_sequence_exact(state.options, q, k, new, bill, least))
     if run.reason is None:
         run, memory = run_sparse(state, q, k, v, call, bill, memory, decodes)
         if decodes:

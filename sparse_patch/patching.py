@@ -90,7 +90,9 @@ def patch(
             the costs of both on this machine (`sparse_patch.costs`, measured once, in a few
             seconds) and from the times of earlier plans (`sparse_patch.budget`). Which calls run
             sparse then depends on timing; exact calls may run through the op, which rounds
-            differently from SDPA; and decode steps run exact. On a GPU "auto" means 16,384.
+            differently from SDPA; and decode steps run exact. "auto", on a GPU: the length from
+            which the method is faster than SDPA there, timed at the first call of 4,096 keys or
+            more, in about a second.
         min_queries: calls with fewer queries against longer keys run exact (speculative decoding).
         backend: one of `sparse_patch_kernels.BACKENDS`. A named backend runs or raises; "auto"
             chooses one.

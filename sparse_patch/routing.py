@@ -6,8 +6,10 @@ import warnings
 from dataclasses import dataclass, field
 
 import torch
+from sparse_patch_kernels import BackendUnavailable
 from torch import Tensor
 
+from .break_even import LENGTHS, Kind, keys_to_pay
 from .budget import Bill, Budget
 from .call import Call
 from .registry import Method
@@ -54,7 +56,8 @@ class Options:
     """Settings that the layers of one patch share.
 
     Attributes:
-        budget: with `min_length="auto"`; it decides on CPU tensors, `min_length` on others.
+        budget: with `min_length="auto"`; it decides on CPU tensors, `least_keys` on others.
+        measured: for each kind of call, the number of keys from which sparse attention pays.
         without_backend: devices on which no sparse backend was found.
     """
 
@@ -63,6 +66,7 @@ class Options:
     backend: str
     measure_recall: bool | int
     budget: Budget | None = None
+    measured: dict[Kind, int] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
     without_backend: set[torch.device] = field(default_factory=set)
 
@@ -76,6 +80,28 @@ class Options:
         """The budget, if it decides on this device: its costs are those of the CPU backend."""
         on_cpu = device.type == "cpu" and self.backend in ("auto", "cpu")
         return self.budget if on_cpu else None
+
+    def least_keys(self, method: Method | None, q: Tensor, k: Tensor, v: Tensor) -> int:
+        """How many keys a sequence must have to run sparse, where no budget decides.
+
+        With `min_length="auto"` on a GPU it is measured at the first long call of its kind; inside
+        a graph that is being captured nothing can be timed, and `min_length` holds.
+        """
+        long = k.shape[-2] >= LENGTHS[0]
+        if self.budget is None or method is None or q.device.type != "cuda" or not long:
+            return self.min_length
+        kind = Kind.of(q, k, v)
+        if kind not in self.measured:
+            if torch.cuda.is_current_stream_capturing():
+                return self.min_length
+            self.measured[kind] = self._measure(method, kind)
+        return self.measured[kind]
+
+    def _measure(self, method: Method, kind: Kind) -> int:
+        try:
+            return keys_to_pay(method, kind, self.backend)
+        except (BackendUnavailable, torch.OutOfMemoryError):
+            return self.min_length  # it cannot run here, or there is no room for a trial
 
     def warn_once(self, reason: str) -> None:
         text = REASONS[reason]
@@ -126,14 +152,14 @@ def why_exact(
         "position bias": call.bias is not None,
         "sinks by query": call.sinks is not None and call.sinks.ndim > 1,
         "dropout": call.dropout > 0,
-        "short": budget is None and k.shape[2] < options.min_length,
+        "short": budget is None and k.shape[2] < options.least_keys(method, q, k, v),
         "few queries": 1 < q.shape[2] < min(options.min_queries, k.shape[2]),
     }
     return next((reason for reason, holds in checks.items() if holds), None)
 
 
 def why_sequence_exact(
-    options: Options, q: Tensor, k: Tensor, new: Tensor, bill: Bill | None
+    options: Options, q: Tensor, k: Tensor, new: Tensor, bill: Bill | None, least: int
 ) -> str | None:
     """The reason why one sequence cannot be sparse, or should not.
 
@@ -143,12 +169,13 @@ def why_sequence_exact(
     Args:
         q: `[heads, q_len, dim]`; k: `[kv_heads, kv_len, dim]`.
         new: the keys of k that no earlier step has checked.
-        bill: decides in place of the patch's `min_length`.
+        bill: decides in place of `least`.
+        least: number of keys from which a sequence runs sparse.
     """
     if bill is not None:
         if reason := bill.why_exact():
             return reason
-    elif k.shape[1] < options.min_length:  # counted without padding
+    elif k.shape[1] < least:  # counted without padding
         return "short"
     if q.device in options.without_backend:
         return "no backend"

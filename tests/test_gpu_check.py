@@ -93,7 +93,7 @@ def test_a_dry_run_does_every_item_of_every_stage(dry_run):
         ("selection", "plan_time"): lengths * methods,
         ("selection", "plain_time"): len(dispatch.KERNELS),
         ("prefill", "model"): 1,
-        ("prefill", "prefill"): prefills * 5,
+        ("prefill", "prefill"): prefills * 6,
     }
     assert {key: kinds[key] for key in expected} == expected
     for stage in gpu_check.STAGES:

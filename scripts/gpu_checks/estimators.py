@@ -125,6 +125,8 @@ def as_methods_call(stage: Stage, q: Tensor, k: Tensor) -> dict[str, Call]:
             (q, k, scale),
             {"block": block, "stride": methods["xattention"].get("stride", 8)},
         ),
+        "pooled_rows": ((q, k, scale, *_listed(q, k, 16)), {"width": block}),
+        "largest_within": ((_masses(stage.device, len(q), q.shape[1]), 0.9), {}),
         "compact": ((runs.valid(len(q)),), {}),
         "search_leaves": ((q, k, scale, tree), {}),
     }
@@ -167,6 +169,30 @@ def _antidiagonals(make: Maker) -> Iterator[tuple[str, Call]]:
         yield f"stride {stride}, ragged", ((*ragged, dim**-0.5), options)
 
 
+def _listed(q: Tensor, k: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Every so many rows of q, and the keys that each sees."""
+    rows = torch.arange(stride // 2, q.shape[1], stride, device=q.device)
+    return rows, rows + k.shape[1] - q.shape[1] + 1
+
+
+def _listed_rows(make: Maker) -> Iterator[tuple[str, Call]]:
+    n, block, dim = make.scale.tokens, make.scale.block, make.scale.dim
+    ragged = make.pair(n // 2 + 5, n - n // 8 - 3, dim)
+    yield "ragged", ((*ragged, dim**-0.5, *_listed(*ragged, 4)), {"width": block})
+    other = make.pair(n, n, 80)
+    yield "another dim", ((*other, 80**-0.5, *_listed(*other, 16)), {"width": block // 2})
+
+
+def _masses(device: Device, rows: int, n: int) -> Tensor:
+    return device.randn(rows, n, seed=n).float().mul(3).softmax(-1)
+
+
+def _shares(make: Maker) -> Iterator[tuple[str, Call]]:
+    n = make.scale.tokens
+    for limit in (0.0, 0.5, 2.0):
+        yield f"up to {limit}", ((_masses(make.device, 3, n + 3), limit), {})
+
+
 def _masks(make: Maker) -> Iterator[tuple[str, Call]]:
     for share in (0.0, 0.3, 1.0):
         mask = make.device.randn(3, 7, make.scale.tokens + 3, seed=1) < 5 * (2 * share - 1)
@@ -198,6 +224,16 @@ def _probabilities(got: Any, want: Any) -> float:
         _share((a - b).abs(), _LEAST_PROBABILITY + _PROBABILITIES * b.abs())
         for a, b in zip(got, want, strict=True)
     )
+
+
+def _padded_probabilities(got: Tensor, want: Tensor) -> float:
+    """As `_probabilities`; blocks past the last that some row sees may be left out."""
+    return _probabilities(torch.nn.functional.pad(got, (0, want.shape[2] - got.shape[2])), want)
+
+
+def _nearly_same_marks(got: Tensor, want: Tensor) -> float:
+    """Sums are rounded in another order: an entry or two about the limit may differ."""
+    return float((got != want).sum(-1).max()) / 2
 
 
 def _means(got: Tensor, want: Tensor) -> float:
@@ -241,6 +277,8 @@ SPECS = {
     "key_scores": Spec(_probes, _probabilities),
     "token_scores": Spec(_token_scores, _logs),
     "antidiagonal_scores": Spec(_antidiagonals, _logs),
+    "pooled_rows": Spec(_listed_rows, _padded_probabilities),
+    "largest_within": Spec(_shares, _nearly_same_marks),
     "compact": Spec(_masks, _same_entries),
     "search_leaves": Spec(_searches, _nearly_same_lists),
 }

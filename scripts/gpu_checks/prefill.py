@@ -26,7 +26,7 @@ from gpu_checks.stage import LONGEST, Stage, Work
 # Dense as the model does it, with the implementation that SDPA chooses; and with FlashAttention,
 # which the papers compare with.
 DENSE, FLASH = "dense", "dense, FlashAttention"
-METHODS = ("flexprefill", "proxyattn", "pbs")
+METHODS = ("strided", "flexprefill", "proxyattn", "pbs")
 _MOST_ROUNDS = 3
 
 

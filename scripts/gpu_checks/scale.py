@@ -83,11 +83,18 @@ FULL = Scale(
     hidden=4096,
     intermediate=14336,
     vocabulary=128256,
-    prefills=(32768, 131072, 65536, 262144),
+    prefills=(32768, 131072, 8192, 16384, 65536, 262144),
     target=32768,
     prefill_target=131072,
     processes=12,
-    methods={"flexprefill": {}, "proxyattn": {}, "pbs": {}, "hip": {}, "xattention": {}},
+    methods={
+        "strided": {"preset": "fine"},
+        "flexprefill": {},
+        "proxyattn": {},
+        "pbs": {},
+        "hip": {},
+        "xattention": {},
+    },
 )
 
 # bfloat16 is not here: the interpreter's products of it are wrong.
@@ -118,6 +125,7 @@ TOY = Scale(
     prefill_target=48,
     processes=1,
     methods={
+        "strided": {"block_size": 16, "stride": 4, "gamma": 0.6},
         "flexprefill": {"block_size": 16, "min_budget": 16, "gamma": 0.3},
         "proxyattn": {"block_size": 16, "min_budget": 16, "stride_q": 4, "gamma": 0.5},
         "pbs": {"block_size": 16, "segment": 16, "tau": 0.2},

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernel_checks.sass import Code, overwritten, shortest_loop
+
 KINDS = (
     ("HGMMA", r"HGMMA"),
     ("UTCHMMA", r"UTCHMMA"),
@@ -70,6 +72,9 @@ class Facts:
         plain_products: of tensor-core types, but compiled to scalar multiply-adds.
         waiting_loads: of tiles, in loops with products, that are not copied ahead of their use
             (NVIDIA; on AMD all go through registers).
+        loop: instructions of the shortest innermost loop with products (NVIDIA).
+        overwritten: writes to registers that a product in flight may still read (sm_90).
+        serialized: ptxas said that no two products of a warp group overlap (C7515, sm_90).
     """
 
     registers: int
@@ -86,10 +91,13 @@ class Facts:
     looped: bool
     plain_products: int
     waiting_loads: int
+    loop: int = 0
+    overwritten: int = 0
+    serialized: bool = False
 
 
-def facts(kernel: Any) -> Facts:
-    """Facts of what `triton.compile` gave back."""
+def facts(kernel: Any, log: str = "") -> Facts:
+    """Facts of what `triton.compile` gave back; `log`: what ptxas said meanwhile."""
     nvidia = "cubin" in kernel.asm
     found = products(kernel.asm["ttir"])
     read = _nvidia(kernel.asm["cubin"], kernel.asm["ptx"]) if nvidia else _amd(kernel.asm["amdgcn"])
@@ -105,6 +113,7 @@ def facts(kernel: Any) -> Facts:
         looped=any(p.looped for p in found),
         plain_products=plain_products(kernel.asm["ttgir"]),
         waiting_loads=waiting_loads(kernel.asm["ttgir"]) if nvidia else 0,
+        serialized=serialized(log),
     )
 
 
@@ -115,15 +124,17 @@ def _nvidia(cubin: bytes, ptx: str) -> dict[str, Any]:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file))
-        code = _output(knobs.nvidia.nvdisasm.path, "--print-code", str(file))
+        code = Code.parse(_output(knobs.nvidia.nvdisasm.path, "--print-code", str(file)))
     registers, local_bytes = resource_usage(usage)
-    instructions, mix = count(sass_opcodes(code))
+    instructions, mix = count([one.opcode for one in code.instructions])
     return {
         "registers": registers,
         "local_bytes": local_bytes,
         "threads": ptx_threads(ptx),
         "instructions": instructions,
         "mix": mix,
+        "loop": shortest_loop(code),
+        "overwritten": overwritten(code),
     }
 
 
@@ -172,10 +183,9 @@ def _only(pattern: str, text: str) -> str:
     return str(found[0])
 
 
-def sass_opcodes(text: str) -> list[str]:
-    """Instructions in the order of `nvdisasm --print-code`, predicates left out, NOPs dropped."""
-    line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
-    return [op for op in re.findall(line, text, re.MULTILINE) if op != "NOP"]
+def serialized(log: str) -> bool:
+    """Does ptxas say that it made products of a warp group wait for one another?"""
+    return "wgmma.mma_async instructions are serialized" in log
 
 
 def amd_opcodes(text: str) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import triton
@@ -15,6 +17,7 @@ from triton import knobs
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from kernel_checks.binary import Facts
 from kernel_checks.chips import Chip
 
 
@@ -24,7 +27,8 @@ class Build:
 
     Attributes:
         constants: by name, those of the configuration included.
-        key: differs where the binary could: source, types, constants, options, chip, compiler.
+        key: differs where the binary could, or what is asked of it: source, types, constants,
+            options, chip, compiler, names of facts.
     """
 
     kernel: str
@@ -52,7 +56,8 @@ class Build:
             backend, arguments, bound, specialization, options
         )
         source = ASTSource(function, signature, constants, attributes)
-        parts = (source.hash(), options.hash(), chip.name, triton.__version__)
+        known = [field.name for field in fields(Facts)]
+        parts = (source.hash(), options.hash(), chip.name, triton.__version__, *known)
         names = [parameter.name for parameter in function.params if parameter.is_constexpr]
         return cls(
             kernel=function.__name__,
@@ -63,18 +68,43 @@ class Build:
             _options=dict(options.__dict__),
         )
 
-    def compile(self) -> tuple[Any, float]:
-        """The compiled kernel, and the seconds that took."""
+    def compile(self) -> Compiled:
+        """What comes of it."""
         start = time.perf_counter()
         # In a cache of its own: found there, it would take no time, and nobody wants it later.
-        with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+        with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
             knobs.cache.dir = folder
-            compiled = triton.compile(
-                self._source, target=self.chip.target(), options=self._options
-            )
-        return compiled, time.perf_counter() - start
+            knobs.nvidia.dump_ptxas_log = True
+            with contextlib.redirect_stdout(io.StringIO()) as log:
+                kernel = triton.compile(
+                    self._source, target=self.chip.target(), options=self._options
+                )
+        return Compiled(kernel, log.getvalue(), time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel, as `triton.compile` gives it.
+
+    Attributes:
+        log: what ptxas said.
+        seconds: it took.
+    """
+
+    kernel: Any
+    log: str
+    seconds: float
+
+
+def assembler(chip: Chip) -> str:
+    """Which ptxas, and of which version, Triton has assemble the code of an NVIDIA chip."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return str(get_ptxas(chip.target().arch).version)
 
 
 def door_chip(chip: Chip) -> door.Chip:
     """The chip as the launchers see it when they choose configurations."""
-    return door.Chip(chip.target().backend, chip.block_shared)
+    target = chip.target()
+    arch = target.arch if target.backend == "cuda" else 0
+    return door.Chip(target.backend, chip.block_shared, arch)

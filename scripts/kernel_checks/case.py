@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Case:
         call: makes the call on meta tensors.
         every_config: compile all configurations, not only the default.
         quick: among the few that every run of the tests compiles.
+        most: instructions that the default may spend on 128 keys that all rows see, by chip.
     """
 
     family: str
@@ -38,6 +39,7 @@ class Case:
     call: Callable[[], object]
     every_config: bool = False
     quick: bool = False
+    most: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def width(self) -> str:

@@ -21,6 +21,7 @@ def complaints(facts: Facts, chip: Chip, num_stages: int, default: bool) -> list
         *_products(facts, chip),
         *_memory(facts, chip),
         *_copies(facts, chip, num_stages),
+        *_warp_groups(facts),
     ]
 
 
@@ -64,3 +65,24 @@ def _copies(facts: Facts, chip: Chip, num_stages: int) -> list[str]:
     if any(facts.mix.get(kind) for kind in ASYNCHRONOUS):
         return []
     return [f"no asynchronous copies in a loop of {num_stages} stages"]
+
+
+def _warp_groups(facts: Facts) -> list[str]:
+    """Asynchronous products of warp groups (HGMMA) must overlap, and find what they read."""
+    found = []
+    if facts.serialized:
+        found.append("products of a warp group wait for one another (C7515)")
+    if facts.overwritten:
+        found.append(f"{facts.overwritten} writes to registers that a product may still read")
+    return found
+
+
+def too_long(facts: Facts, keys: int, most: int) -> list[str]:
+    """Where the loop over keys that all rows see takes more than `most` instructions.
+
+    Args:
+        keys: of a turn of the loop.
+        most: instructions a warp may spend on 128 keys.
+    """
+    spent = facts.loop * 128 // keys
+    return [f"{spent} instructions for 128 keys, more than {most}"] if spent > most else []

@@ -10,6 +10,7 @@ import torch
 from sparse_patch_kernels.estimators.compaction import kernel as compaction
 from sparse_patch_kernels.estimators.pooling import kernel as pooling
 from sparse_patch_kernels.estimators.probe import kernel as probe
+from sparse_patch_kernels.estimators.threshold import kernel as threshold
 from sparse_patch_kernels.estimators.token_scores import kernel as token_scores
 from sparse_patch_kernels.estimators.tree_search import Tree
 from sparse_patch_kernels.estimators.tree_search import kernel as tree_search
@@ -34,6 +35,7 @@ def estimators() -> Iterator[Case]:
                     every_config=first and (dim, dtype) == (128, "bf16"),
                     quick=first and family == "probe" and (dim, dtype) == (128, "bf16"),
                 )
+    yield Case("threshold", "256 x 256", 0, 0, "fp32", _threshold, every_config=True)
     yield Case("compaction", "256 blocks", 0, 0, "bool", _compact, every_config=True, quick=True)
 
 
@@ -61,6 +63,12 @@ def _token_scores(how: Mapping[str, Any], dim: int, dtype: torch.dtype) -> None:
     token_scores.token_scores(q, k, dim**-0.5, **how)
 
 
+def _pooled_rows(width: int, dim: int, dtype: torch.dtype) -> None:
+    q, k = _queries(dim, dtype), _keys(dim, dtype)
+    rows = empty(TOKENS // 32, dtype=torch.int64)
+    token_scores.pooled_rows(q, k, dim**-0.5, rows, rows, width=width)
+
+
 def _proxy_scores(proxies: int, strides: tuple[int, int], dim: int, dtype: torch.dtype) -> None:
     """Proxy heads, means of heads, are as many for keys as for queries."""
     q = empty(proxies, TOKENS, dim, dtype=dtype)
@@ -84,6 +92,11 @@ def _compact() -> None:
     compaction.compact(empty(HEADS, blocks, blocks, dtype=torch.bool))
 
 
+def _threshold() -> None:
+    blocks = TOKENS // 128
+    threshold.largest_within(empty(HEADS, blocks * blocks, dtype=torch.float32), 0.9)
+
+
 def _search(changes: Mapping[str, Any], dim: int, dtype: torch.dtype) -> None:
     tree = Tree(**{**HIP, **changes})
     tree_search.search_leaves(_queries(dim, dtype), _keys(dim, dtype), dim**-0.5, tree)
@@ -104,6 +117,8 @@ ESTIMATORS: dict[str, dict[str, Callable[[int, torch.dtype], None]]] = {
     "token_scores": {
         "1 query of 16, sum": partial(_token_scores, {"block": 128, "stride_q": 16}),
         "blocks of 64 x 16": partial(_token_scores, {"block": 64, "block_k": 16, "stride_q": 16}),
+        "listed rows, blocks of 16": partial(_pooled_rows, 16),
+        "listed rows, blocks of 128": partial(_pooled_rows, 128),
         "1 query of 16, largest, proxy heads": partial(_proxy_scores, KV_HEADS, (16, 1)),
         "1 query and key of 4, largest, one proxy": partial(_proxy_scores, 1, (4, 4)),
     },

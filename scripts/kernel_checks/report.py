@@ -8,7 +8,7 @@ from typing import Any
 from sparse_patch_eval.base.markdown import table
 
 from kernel_checks.binary import Facts
-from kernel_checks.checks import complaints
+from kernel_checks.checks import complaints, too_long
 from kernel_checks.chips import CHIPS, KIB, Chip, Occupancy, occupancy
 from kernel_checks.roofline import Roofline, Tile, roofline
 
@@ -30,6 +30,8 @@ def failures(entry: Entry) -> list[str]:
         wrong = [f"does not compile: {entry['error']}"]
     else:
         wrong = complaints(facts, chip, entry["config"].get("num_stages", 1), entry["default"])
+        if entry["default"] and entry.get("most") and facts.loop:
+            wrong += too_long(facts, entry["config"]["BLOCK_N"], entry["most"])
     where = f"{kernel_text(entry)} ({case_name(entry)}) on {chip.name}, {config_text(entry)}"
     return [f"{where}: {what}" for what in wrong]
 

@@ -22,6 +22,7 @@ import torch
 from sparse_patch_kernels import BlockPlan
 from sparse_patch_kernels.estimators.pooling import pool_mean, pool_sum
 from sparse_patch_kernels.estimators.probe import probe_lines
+from sparse_patch_kernels.estimators.threshold import largest_within
 from torch import Tensor
 
 from ..registry import Examples, Knob, Method, check_sequence, param, register
@@ -74,11 +75,17 @@ class FlexPrefill(Method):
         n_slash = n_slash.masked_fill(aware, least_blocks)
         first_row_block = q_offset // block
         mask = _line_blocks(vertical, slash, n_vertical, n_slash, first_row_block)
-        heads = aware.nonzero()[:, 0]  # the one wait for a GPU
-        if len(heads):
-            pooled_q = pool_mean(q[heads], block, q_offset)
-            keys = pooled_k[heads // (q.shape[0] // k.shape[0])]
-            mask[heads] |= _map_blocks(pooled_q, keys, scale, self.gamma, first_row_block)
+        keys = pooled_k.repeat_interleave(q.shape[0] // k.shape[0], 0)
+        if q.device.type == "cpu":
+            heads = aware.nonzero()[:, 0]
+            if len(heads):
+                pooled_q = pool_mean(q[heads], block, q_offset)
+                maps = _map_blocks(pooled_q, keys[heads], scale, self.gamma, first_row_block)
+                mask[heads] |= maps
+        else:  # to ask which heads need a map would take longer than a map of all
+            pooled_q = pool_mean(q, block, q_offset)
+            maps = _map_blocks(pooled_q, keys, scale, self.gamma, first_row_block)
+            mask |= maps & aware[:, None, None]
         mask = to_query_grid(mask, q_len, q_offset, block)
         return BlockPlan.from_block_mask(
             mask, block_q=block, block_k=block, q_len=q_len, kv_len=kv_len
@@ -146,7 +153,4 @@ def _map_blocks(
     causal = column[first_row:, None] >= column
     scores = (pooled_q * scale) @ pooled_k.mT
     mass = scores.masked_fill(~causal, float("-inf")).softmax(-1).flatten(1)
-    ordered, order = mass.sort(dim=-1, descending=True)
-    kept = ordered.cumsum(-1) <= gamma * rows
-    chosen = torch.zeros_like(kept).scatter_(-1, order, kept)
-    return chosen.view(heads, rows, blocks) & causal
+    return largest_within(mass, gamma * rows).view(heads, rows, blocks) & causal

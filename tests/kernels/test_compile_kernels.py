@@ -19,6 +19,7 @@ from kernel_checks.chips import CHIPS, occupancy
 from kernel_checks.forms import FORMS
 from kernel_checks.report import config_text, failures, markdown
 from kernel_checks.roofline import Tile, roofline
+from kernel_checks.sass import Code, Instruction, overwritten, shortest_loop, written
 from sparse_patch_kernels.triton.layout import Tiling
 
 import sparse_patch
@@ -123,7 +124,8 @@ def test_registers_and_local_memory_are_read():
 
 
 def test_instructions_are_counted_by_kind():
-    instructions, mix = binary.count(binary.sass_opcodes(SASS))
+    opcodes = [one.opcode for one in Code.parse(SASS).instructions]
+    instructions, mix = binary.count(opcodes)
     assert instructions == 13
     assert mix == {
         "HGMMA": 1, "UTCHMMA": 1, "HMMA": 1, "LDGSTS": 1, "UTMALDG": 1, "EX2": 1, "BAR": 1,
@@ -214,6 +216,8 @@ def test_a_good_binary_has_no_fault():
         ({"shared": 227 * 1024 + 1}, "sm_90", "bytes of shared memory"),
         ({"tensor_columns": 1024, "mix": {"LDGSTS": 1, "UTCHMMA": 1}}, "sm_100", "1024 columns"),
         ({"mix": {"HGMMA": 1}}, "sm_90", "no asynchronous copies"),
+        ({"serialized": True}, "sm_90", "wait for one another (C7515)"),
+        ({"overwritten": 3}, "sm_90", "3 writes to registers"),
     ],
 )
 def test_a_fault_is_found(changes, chip, says):
@@ -234,6 +238,76 @@ def test_a_fault_is_found(changes, chip, says):
 )
 def test_what_is_no_fault_is_left_alone(changes, chip, stages, default):
     assert complaints(facts(**changes), CHIPS[chip], stages, default) == []
+
+
+def test_a_loop_that_takes_too_many_instructions_a_key_is_a_fault(entry):
+    long = {**entry, "most": 560, "facts": dataclasses.asdict(facts(loop=281))}
+    (fault,) = failures(long)
+    assert fault.endswith("562 instructions for 128 keys, more than 560")
+    assert failures({**long, "facts": dataclasses.asdict(facts(loop=280))}) == []
+    assert failures({**long, "default": False}) == []
+    assert failures({**long, "most": None}) == []
+
+
+def test_what_ptxas_says_of_products_that_wait_is_heard():
+    said = (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to non wgmma instructions defining accumulator registers"
+    )
+    assert binary.serialized(said)
+    assert not binary.serialized("ptxas info    : Used 254 registers, used 1 barriers")
+
+
+LOOPS = """
+.L_x_1:
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+.L_x_2:
+        /*0020*/              @!P0 IMAD.WIDE R8, R3, R4, R6 ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R88, R152, gdesc[UR8].tnspB, R88 ;
+        /*0040*/                   {between} ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   {after} ;
+        /*0070*/               @P0 BRA `(.L_x_2) ;
+        /*0080*/               @P1 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0090*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*00a0*/                   NOP ;
+        /*00b0*/               @P0 BRA `(.L_x_3) ;
+        /*00c0*/                   BRA `(.L_x_4) ;
+.L_x_4:
+        /*00d0*/                   EXIT ;
+"""
+
+
+def test_only_the_innermost_loops_with_products_count():
+    code = Code.parse(LOOPS.format(between="MOV R1, R2", after="MOV R1, R2"))
+    assert [len(body) for body in code.product_loops()] == [6]
+    assert shortest_loop(code) == 6
+    assert shortest_loop(Code.parse("  /*0010*/   HMMA.16816.F32 R4, R8, R12, R4 ;")) == 0
+
+
+@pytest.mark.parametrize(
+    ("instruction", "writes"),
+    [
+        ("F2FP.BF16.F32.PACK_AB R153, R2, R3", {153}),
+        ("LDS.64 R154, [R2]", {154, 155}),
+        ("LDG.E.128 R152, desc[UR4][R2.64]", {152, 153, 154, 155}),
+        ("IMAD.WIDE R152, R3, R4, R6", {152, 153}),
+        ("SHFL.BFLY PT, R155, R158, 0x2, 0x1f", {155}),
+        ("STS [R152], R153", set()),
+        ("LDGSTS.E.BYPASS.128 [R152], desc[UR16][R6.64]", set()),
+        ("ISETP.NE.U32.AND P0, PT, R152, UR4, PT", set()),
+        ("MOV R15, R152", {15}),
+    ],
+)
+def test_writes_to_registers_of_a_product_in_flight_are_found(instruction, writes):
+    opcode, operands = instruction.split(" ", 1)
+    assert written(Instruction(opcode, operands)) == writes
+    found = len(writes & {152, 153, 154, 155})
+    code = Code.parse(LOOPS.format(between=instruction, after="MOV R1, R2"))
+    # Once as it stands, and in both of the turns that the loop is followed for.
+    assert overwritten(code) == 3 * found
+    assert overwritten(Code.parse(LOOPS.format(between="MOV R1, R2", after=instruction))) == 0
 
 
 def test_the_roofline_is_the_arithmetic_it_says():
@@ -408,7 +482,8 @@ def test_the_quick_run_finds_no_fault_and_compiles_nothing_twice(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     first = json.loads((tmp_path / "kernels.json").read_text())
     assert {entry["chip"] for entry in first["entries"]} == {"sm_80", "sm_90", "gfx942"}
-    assert first["versions"]["ptxas"]
+    assert first["versions"]["ptxas (sm_80)"]
+    assert first["versions"]["ptxas (sm_90)"]
     assert (tmp_path / "kernels.md").read_text().count("\n| block_sparse_forward |") >= 2
 
     # Marked, so that what is compiled again shows; the first one looks as if its source had been

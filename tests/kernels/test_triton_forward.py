@@ -1,10 +1,12 @@
 """The Triton kernel equals the reference, run by Triton's interpreter on the CPU."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 from sparse_patch_kernels import BlockPlan, RunList, block_sparse_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.interpreted import poison_empty, require_interpreter
 from tests.kernels.test_backends import SHAPES, assert_same, inputs, more_logits, variants
@@ -12,6 +14,7 @@ from tests.kernels.test_backends import SHAPES, assert_same, inputs, more_logits
 forward = require_interpreter("triton.forward")
 layout = require_interpreter("triton.layout")
 launch = require_interpreter("triton.launch")
+schedule = require_interpreter("triton.schedule")
 tiles = require_interpreter("triton.tiles")
 
 # The interpreter takes a log of 0 for a row that sees nothing, as the GPU does in silence.
@@ -138,7 +141,7 @@ def test_runs_of_pages_far_apart_take_wide_offsets(monkeypatch):
     monkeypatch.setattr(forward, "FAR", 0)
     with launch.recording() as launches:
         forward.block_sparse_attention(*inputs(SHAPES[0]), variants(SHAPES[0])["blocks"], 0.25)
-    assert launches[0].arguments["INDEX"].primitive_bitwidth == 64
+    assert launches[-1].arguments["INDEX"].primitive_bitwidth == 64
     q, k, v = inputs(SHAPES[0])
     assert_same(*both(q, k, v, variants(SHAPES[0])["blocks+sink+window"]), 5e-6)
 
@@ -206,10 +209,96 @@ def test_longest_rows_start_first_and_a_kv_head_at_a_time():
     q, k, v = inputs((4, 2, 96, 96, 16, 16, 32, 16))
     lists = layout.key_lists(k, v, [plan])
     table = layout.block_table([plan], lists, q.device)
-    tasks = layout.schedule([plan], lists, table, 4, 2)
+    tasks = schedule.schedule([plan], lists, table, 4, 2)
     work = count.flatten()[tasks.long()].view(2, 6)
     assert sorted(tasks.tolist()) == list(range(12))
     assert work.tolist() == [[4, 3, 3, 2, 1, 0], [9, 5, 2, 2, 1, 1]]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "lists", "blocks"), [(8, 2, 4, 50), (6, 3, 1, 7)])
+def test_the_order_of_many_tasks_is_that_of_a_stable_sort(heads, kv_heads, lists, blocks):
+    """More than a program places, with equals among them, lists of a group, a sink and a window."""
+    generator = torch.Generator().manual_seed(blocks)
+    count = torch.randint(0, 5, (lists, blocks), dtype=torch.int32, generator=generator)
+    start = torch.zeros(lists, blocks, 4, dtype=torch.int32)
+    one = layout.KeyList(start, count, 16, 1, False, start, start, None, None, (0,), False)
+    plan = BlockPlan(blocks * 16, blocks * 16, 16, sink=20, window=33)
+    table = layout.block_table([plan], [one, one], start.device)
+    tasks = schedule.schedule([plan], [one, one], table, heads, kv_heads).view(kv_heads, -1)
+    seen = (torch.arange(blocks) + 1).mul(16).clamp(max=53)
+    work = (seen + 32 * count.repeat_interleave(heads // lists, 0)).reshape(kv_heads, -1)
+    order = work.sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(tasks, order.int() + torch.arange(kv_heads)[:, None] * work.shape[1])
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_scale_need_not_be_above_zero(scale, softcap):
+    q, k, v = inputs(SHAPES[0])
+    plan = variants(SHAPES[0])["blocks+sink+window"]
+    assert_same(*both(q, k, v, plan, scale=scale, softcap=softcap), 5e-6)
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts tensor operations that would start something on a GPU: views and `empty` do not."""
+
+    FREE = (
+        "view",
+        "empty",
+        "transpose",
+        "select",
+        "slice",
+        "expand",
+        "unsqueeze",
+        "alias",
+        "detach",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not any(free in name for free in self.FREE):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def python_calls(call):
+    """Calls of Python functions that a call makes."""
+    made = 0
+
+    def count(_frame, event, _argument):
+        nonlocal made
+        made += event == "call"
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return made
+
+
+@pytest.mark.parametrize("name", ["blocks", "blocks+sink+window", "ranked"])
+def test_a_call_starts_two_kernels_and_little_else_on_the_host(name, monkeypatch):
+    """The GPU waits for the host where that takes longer: 0.2 ms a call are some 1,000 calls of
+    Python functions, of which Triton's own launch takes a part."""
+    monkeypatch.undo()  # `poisoned` fills what is only to be allocated
+    q, k, v = inputs(SHAPES[0])
+    plan = variants(SHAPES[0])[name]
+    forward.block_sparse_attention(q, k, v, plan, 0.25)  # what is kept from call to call
+    with launch.recording() as launches, Dispatched() as dispatched:
+        forward.block_sparse_attention(q, k, v, plan, 0.25)
+    assert [one.kernel for one in launches] == [
+        schedule.longest_first,
+        forward.block_sparse_forward,
+    ]
+    assert dispatched.names == []
+    with launch.recording():
+        made = python_calls(lambda: forward.block_sparse_attention(q, k, v, plan, 0.25))
+    assert made < 200
 
 
 def test_a_launch_is_recorded_and_reads_nothing():
@@ -226,7 +315,8 @@ def test_a_launch_is_recorded_and_reads_nothing():
             q, k, v = (x.to("meta") for x in inputs(shape, torch.bfloat16))
             out, lse = forward.block_sparse_attention(q, k, v, plan, 0.25)
         assert (out.shape, lse.shape) == (q.shape, q.shape[:2])
-        (one,) = launches
+        order, one = launches
+        assert order.kernel is schedule.longest_first
         assert one.kernel is forward.block_sparse_forward
         assert all("BLOCK_N" in config.kwargs for config in one.configs)
 
@@ -237,4 +327,6 @@ def test_some_configuration_fits_every_chip(dim, chip):
     columns = 2 * sum(tiles.split_dim(dim))
     for itemsize in (2,) if dim > 256 else (2, 4):
         rows = forward.most_rows(columns, itemsize)
-        assert forward.configs(rows, columns, itemsize, 1, launch.Chip(chip[0], chip[1] * 1024))
+        assert forward.configs(
+            rows, columns, itemsize, (128,), launch.Chip(chip[0], chip[1] * 1024)
+        )

@@ -191,3 +191,25 @@ def test_a_method_plans_the_same(name, params, kernel, monkeypatch):
     mask = want.to_dense_mask()
     assert not bool(mask.all())
     assert torch.equal(got.to_dense_mask(), mask)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_rows_of_a_list_give_each_block_what_they_give(shape, monkeypatch):
+    heads, _, q_len, kv_len, _ = shape
+    q, k, scale = sequence(*shape)
+    rows = torch.arange(q_len)[1::3]
+    seen = rows + kv_len - q_len + 1
+    want = plain.pooled_rows.plain(q, k, scale, rows, seen, width=16)
+    poison_empty(monkeypatch)
+    got = kernels.pooled_rows(q, k, scale, rows, seen, width=16)
+    assert got.shape == (heads, len(rows), -(-kv_len // 16))
+    torch.testing.assert_close(got[..., : want.shape[2]], want, atol=1e-5, rtol=1e-5)
+    assert not got[..., want.shape[2] :].any()
+
+
+def test_what_the_kernel_of_listed_rows_does_not_do():
+    q, k, scale = sequence(*SHAPES[0])
+    rows = torch.arange(3)
+    call = q, k, scale, rows, rows + 1
+    assert kernels.pooled_rows(*call, width=16, largest=True) is NotImplemented
+    assert kernels.pooled_rows(*call, width=24) is NotImplemented

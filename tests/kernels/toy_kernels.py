@@ -67,8 +67,8 @@ def check(kernel, dtype, rows, columns, depth, warps, stages, chip):
     config = triton.Config(sizes, num_warps=warps, num_stages=stages)
     with recording(door_chip(chip)) as launches:
         launch(kernel, (1, 1), {"a": x, "b": x, "c": x, "n": 4096}, [config], [])
-    compiled, _ = Build.of(launches[0], config, chip).compile()
-    found = facts(compiled)
+    compiled = Build.of(launches[0], config, chip).compile()
+    found = facts(compiled.kernel, compiled.log)
     as_default, else_ = (complaints(found, chip, stages, default) for default in (True, False))
     return {"default": as_default, "other": else_, "facts": asdict(found)}
 

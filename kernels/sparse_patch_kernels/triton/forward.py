@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..plan import BlockPlan
 from .launch import Chip, chip_of, launch
-from .layout import KeyList, Tiling, block_table, check_form, key_lists, schedule
+from .layout import KeyList, Tiling, block_table, check_form, key_lists
+from .schedule import schedule
 from .tiles import split_dim
 
 __all__ = ["attend_packed", "block_sparse_attention"]
@@ -77,9 +78,8 @@ def _tile(
     if SOFTCAP:
         # cap * tanh(x / cap), with tanh(y) = 1 - 2 / (e^2y + 1).
         tanh = 1 - 2 / (tl.exp2(scores * (scale / softcap * 2.8853900817779268)) + 1)
-        scores = tanh * softcap + bias
-    else:
-        scores = scores * scale + bias
+        scores = tanh * softcap
+        scale = 1.0
     if MASKED:
         seen = real[None, :] & (position[None, :] <= row[:, None])
         if NOT_SINK:
@@ -89,10 +89,11 @@ def _tile(
         if ONLY_WINDOW:
             seen = seen & (row[:, None] - position[None, :] < window)
         scores = tl.where(seen, scores, float("-inf"))
-    higher = tl.maximum(best, tl.max(scores, 1))
+    # The scale, above 0, goes into the exponent: one multiply-add a score scales and shifts.
+    higher = tl.maximum(best, tl.max(scores, 1) * scale + bias)
     # Rows that have seen nothing yet: a difference of infinities would be NaN.
     shift = tl.where(higher == float("-inf"), 0.0, higher)
-    probs = tl.exp2(scores - shift[:, None])
+    probs = tl.exp2(scores * scale - (shift - bias)[:, None])
     decay = tl.exp2(best - shift)
     total = total * decay + tl.sum(probs, 1)
     values = _load(v, key, real, v_step, V, 0, V0, MASKED, False, INDEX)
@@ -244,9 +245,10 @@ def _store(base, step, row, real, x, D: tl.constexpr, FIRST: tl.constexpr, WIDTH
 @triton.jit
 def block_sparse_forward(
     q, k, v, out, lse, sinks, table, schedule, heads, kv_heads, n_blocks, n_rows,
-    q_head, q_step, k_head, k_step, v_head, v_step, out_head, out_step,
+    q_head, q_step, k_head, k_step: tl.constexpr, v_head, v_step: tl.constexpr, out_head, out_step,
     # one entry a run list
-    list_k, list_v, list_k_head, list_k_step, list_v_head, list_v_step, list_kv_heads,
+    list_k, list_v, list_k_head, list_k_step: tl.constexpr, list_v_head, list_v_step: tl.constexpr,
+    list_kv_heads,
     starts, start_lists, start_step, counts, count_lists, orders, reaches, order_lists,
     order_step, scale, softcap, sink, window,
     UNITS: tl.constexpr, POOLS: tl.constexpr, RANKED: tl.constexpr, REPEATS: tl.constexpr,
@@ -455,6 +457,8 @@ def attend_packed(
         ValueError: the plans differ in form.
     """
     check_form(plans)
+    if scale <= 0:  # the kernel takes the largest logit before it scales
+        q, scale = (q.neg(), -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (heads, n_rows, dim), kv_heads, v_dim = q.shape, k.shape[0], v.shape[2]
     plan = plans[0]
@@ -515,7 +519,7 @@ def attend_packed(
             "V0": v0,
             "V1": v1,
         },
-        configs(tiling.rows, columns, q.itemsize, len(lists), chip_of(q)),
+        configs(tiling.rows, columns, q.itemsize, tuple(one.units for one in lists), chip_of(q)),
         ["UNITS", "POOLS", "PACK", "ROWS", "ORDERED", "SINK", "WINDOW", "D", "V"],
     )
     return out, lse
@@ -564,7 +568,7 @@ def most_rows(columns: int, itemsize: int) -> int:
 
 
 def configs(
-    rows: int, columns: int, itemsize: int, lists: int, chip: Chip
+    rows: int, columns: int, itemsize: int, units: Sequence[int], chip: Chip
 ) -> tuple[triton.Config, ...]:
     """Configurations worth trying, the default first, that fit the chip's shared memory.
 
@@ -572,13 +576,21 @@ def configs(
         rows: rows of a tile.
         columns: numbers a key and its value hold together, padded.
         itemsize: bytes a number.
-        lists: run lists there are; what walks each takes registers.
+        units: keys a run of each list; what walks a list takes registers.
+        chip: what it runs on.
     """
-    warps = 8 if rows >= 128 or columns > 256 or lists > 1 else 4
+    warps = 8 if rows >= 128 or columns > 256 or len(units) > 1 else 4
     registers = None  # the most of a thread; None: ptxas weighs spills against occupancy
     # Wide tiles share the overhead of a step between more keys; more stages hide more latency.
-    # 128 keys spill at a head_dim of 128 with 8 warps, and 4 warps spill at 128 rows.
+    # 4 warps spill at 128 rows.
     tries = [(64, warps, 3), (32, warps, 3), (64, warps, 2), (32, warps, 2), (16, warps, 1)]
+    if chip.arch == 90 and any(n < 64 for n in units):
+        # Runs are gathered: with a third stage, ptxas 12.8 lets no product of a warp group overlap
+        # another (C7515).
+        tries = [(64, warps, 2), (32, warps, 3), (32, warps, 2), (16, warps, 1)]
+    elif chip.arch == 90 and rows == 128 and columns <= 256 and len(units) < 2:
+        # Two thirds of the instructions a key that 64 take; on other chips 128 keys spill.
+        tries.insert(0, (128, warps, 2))
     if itemsize > 2:
         tries = [(16, 8, 2), (16, 8, 1)]  # 32 keys spill on sm_90
         registers = None if chip.backend == "hip" else 255

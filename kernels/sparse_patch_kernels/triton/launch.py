@@ -39,14 +39,16 @@ class Chip:
     Attributes:
         backend: Triton's name for the maker's compiler, "cuda" or "hip".
         shared_bytes: shared memory (LDS) that a program may have.
+        arch: compute capability as in sm_90; 0 on AMD.
     """
 
     backend: str
     shared_bytes: int
+    arch: int = 0
 
 
 # Stands in where there is no GPU: H100, CUDA C++ Programming Guide, compute capability 9.0.
-HOPPER = Chip("cuda", 227 * 1024)
+HOPPER = Chip("cuda", 227 * 1024, 90)
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,12 @@ def chip_of(x: Tensor) -> Chip:
 
 @lru_cache(None)
 def _chip(device: torch.device) -> Chip:
-    backend = triton.runtime.driver.active.get_current_target().backend
+    target = triton.runtime.driver.active.get_current_target()
     index = (
         torch.get_device_module(device).current_device() if device.index is None else device.index
     )
     shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return Chip(backend, shared)
+    return Chip(target.backend, shared, target.arch if target.backend == "cuda" else 0)
 
 
 def launch(

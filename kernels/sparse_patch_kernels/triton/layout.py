@@ -115,7 +115,8 @@ def _joined_runs(runs: Sequence[RunList], ascending: bool) -> tuple[Tensor, Tens
     else:
         starts, counts = [run.start for run in runs], [run.count for run in runs]
     longest = max(start.shape[2] for start in starts)
-    starts = [torch.nn.functional.pad(start, (0, longest - start.shape[2])) for start in starts]
+    if any(start.shape[2] < longest for start in starts):
+        starts = [torch.nn.functional.pad(start, (0, longest - start.shape[2])) for start in starts]
     return _joined(starts).contiguous(), _joined(counts).contiguous(), ranked
 
 
@@ -186,27 +187,6 @@ def _block_table(
                    first + kv_len - q_len, *(torch.full_like(first, x) for x in same)]  # fmt: skip
         parts.append(torch.stack(columns, 1))
     return torch.cat(parts).to(device)
-
-
-def schedule(
-    plans: Sequence[BlockPlan], lists: Sequence[KeyList], table: Tensor, units: int, kv_heads: int
-) -> Tensor:
-    """int32 `[units * blocks]`: tasks, `unit * blocks + block`, in the order to start them.
-
-    KV head by KV head, since their keys stay in the cache, and of each the longest rows first, so
-    that the last to finish are short.
-    """
-    blocks = len(table)
-    work = table.new_zeros(1, 1)
-    if plans[0].sink or plans[0].window:
-        seen = table[:, 2] + table[:, 1]
-        work = seen.clamp(max=plans[0].sink + plans[0].window)[None]
-    for one in lists:
-        work = work + one.count.repeat_interleave(units // len(one.count), 0) * one.units
-    work = work.expand(units, blocks).reshape(kv_heads, -1)
-    order = work.argsort(dim=1, descending=True)
-    first = torch.arange(0, units * blocks, work.shape[1], device=table.device)
-    return (order + first[:, None]).flatten().to(torch.int32)
 
 
 def _starts(lengths: Sequence[int]) -> tuple[int, ...]:

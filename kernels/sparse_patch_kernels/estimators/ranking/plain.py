@@ -72,7 +72,7 @@ def add_losses(squares: Tensor, mass: Tensor, order: Tensor) -> None:
 
     Args:
         squares: `[heads, blocks]`, by n - 1.
-        order: `[heads, rows, n]`, n at least m.
+        order: `[heads, rows, n]`; where n is less than m, no row has mass past n.
     """
     n = order.shape[2]
     ranked = torch.nn.functional.pad(mass, (0, n - mass.shape[2])).gather(2, order.long())

@@ -77,6 +77,49 @@ def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, *, block: int, strid
     return _scores(q, k, scale / stride, groups, groups, 1, 1, "sum", stride)
 
 
+def pooled_rows(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    rows: Tensor,
+    seen: Tensor,
+    *,
+    width: int,
+    largest: bool = False,
+) -> Any:
+    """As `plain.pooled_rows`: float32 `[heads, n, ceil(n_keys / width)]`.
+
+    NotImplemented for the largest of a block, and where `width` is above 256 or no power of two.
+    """
+    if largest or not _fits(width, 256):
+        return NotImplemented
+    q = q.to(torch.promote_types(q.dtype, k.dtype))
+    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    (heads, _, _), (kv_heads, end, _), n = q.shape, k.shape, len(rows)
+    columns = triton.cdiv(end, width)
+    part = torch.empty(heads * n, columns, dtype=torch.float32, device=q.device)
+    sample = {
+        "part": part,
+        "first_block": 0,
+        "n_rows": n,
+        "offset": 0,
+        "end": end,
+        "columns": columns,
+        "BLOCK": 1,
+        "SLOTS": 1,
+        "STRIDE_Q": 1,
+        "STRIDE_K": 1,
+        "GROUP": heads // kv_heads,
+        "WIDTH": width,
+    }
+    listed = rows.contiguous(), seen.contiguous()
+    _launch_tokens(q, k, scale, sample, part, end, listed)
+    hidden = torch.arange(0, end, width, device=q.device) >= seen[:, None]
+    part = part.view(kv_heads, n, -1, columns).masked_fill_(hidden[:, None], float("-inf"))
+    mass = part.mul_(LN2.value).softmax(-1)
+    return mass.transpose(1, 2).reshape(heads, n, columns)
+
+
 def _fits(width: int, most: int) -> bool:
     return width == power_of_two(width) and width <= most
 
@@ -148,8 +191,15 @@ def _scores(
 
 
 def _launch_tokens(
-    q: Tensor, k: Tensor, scale: float, sample: dict[str, Any], norm: Tensor, seen: int
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    sample: dict[str, Any],
+    norm: Tensor,
+    seen: int,
+    listed: tuple[Tensor, Tensor] | None = None,
 ) -> None:
+    """`listed`: rows of q, and the keys that each sees, in place of the sample's slots."""
     dim, width, rows = q.shape[2], sample["WIDTH"], sample["n_rows"] * sample["GROUP"]
     d0, d1 = split_dim(dim)
     # 128 x 128 leaves a thread 128 registers: two programs on an SM, of which one multiplies while
@@ -164,6 +214,9 @@ def _launch_tokens(
         "scale": scale,
         "norm": norm,
         "norms": norm.shape[1],
+        "listed_row": sample["part"] if listed is None else listed[0],
+        "listed_seen": sample["part"] if listed is None else listed[1],
+        "LISTED": listed is not None,
         "LARGEST": norm is not sample["part"],
         "DIM": dim,
         "D0": d0,
@@ -273,12 +326,15 @@ def _token_parts(
     end,
     columns,
     norms,
+    listed_row,
+    listed_seen,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
     STRIDE_Q: tl.constexpr,
     STRIDE_K: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
+    LISTED: tl.constexpr,
     LARGEST: tl.constexpr,
     DIM: tl.constexpr,
     D0: tl.constexpr,
@@ -294,9 +350,14 @@ def _token_parts(
     chunk = tl.program_id(0)
     kv_head = tl.program_id(2)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    position, filled = _sampled(m // GROUP, first_block, offset, end, BLOCK, SLOTS, STRIDE_Q)
-    filled = filled & (m < n_rows * GROUP)
-    keys = tl.where(filled, position // STRIDE_K + 1, 0)  # that each row sees
+    if LISTED:
+        filled = m < n_rows * GROUP
+        position = tl.load(listed_row + m // GROUP, mask=filled, other=0).to(tl.int32)
+        keys = tl.load(listed_seen + m // GROUP, mask=filled, other=0).to(tl.int32)
+    else:
+        position, filled = _sampled(m // GROUP, first_block, offset, end, BLOCK, SLOTS, STRIDE_Q)
+        filled = filled & (m < n_rows * GROUP)
+        keys = tl.where(filled, position // STRIDE_K + 1, 0)  # that each row sees
     seen_by_all = tl.min(tl.where(filled, keys, end), 0)
     first = chunk * CHUNK
     stop = tl.minimum(first + CHUNK, tl.max(keys, 0))

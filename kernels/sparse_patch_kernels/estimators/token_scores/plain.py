@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,7 @@ def token_scores(
     return result
 
 
+@has_kernel
 @has_native
 def pooled_rows(
     q: Tensor,
@@ -81,8 +84,8 @@ def pooled_rows(
         largest: return the log of the largest probability of `width` keys, not the sum.
 
     Returns:
-        float32 `[heads, n, blocks]`, up to the last block that some row sees; 0 where a row sees
-        nothing, or -inf if `largest`.
+        float32 `[heads, n, blocks]`, up to the last block that some row sees, or further; 0 where a
+        row sees nothing, or -inf if `largest`.
     """
     heads, dim = q.shape[0], q.shape[2]
     keys = k.float()
@@ -152,19 +155,20 @@ def _groups(x: Tensor, stride: int, before: int) -> Tensor:
     return x.reshape(x.shape[0], -1, stride, x.shape[2])
 
 
+@lru_cache(64)  # known from the lengths: nothing is read from a GPU, and little copied to it
 def sampled_rows(
     q_len: int, offset: int, block: int, stride: int, shift: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Rows at positions `shift`, `shift + stride`, ..., and the block, from 0, of each."""
-    row = torch.arange(q_len, device=device)
+    row = torch.arange(q_len, device="cpu")
     block_of = (row + offset) // block - offset // block
     taken = (row + offset) % stride == shift
-    has_sample = torch.zeros(int(block_of[-1]) + 1, dtype=torch.bool, device=device)
+    has_sample = torch.zeros(int(block_of[-1]) + 1, dtype=torch.bool, device="cpu")
     has_sample[block_of[taken]] = True
     ends = torch.ones_like(taken)
     ends[:-1] = block_of[1:] != block_of[:-1]
     taken |= ends & ~has_sample[block_of]
-    return row[taken], block_of[taken]
+    return row[taken].to(device), block_of[taken].to(device)
 
 
 def by_block(pooled: Tensor, block_of: Tensor, reduce: str) -> Tensor:
