@@ -33,11 +33,13 @@ from bench.calls import CPU, SDPA, Call, dense, in_turns, made, of_model, split
 from gpu_checks.inputs import plan_of_density
 from sparse_patch_eval.ask.capture import Attention
 from sparse_patch_eval.base.console import fail, user_errors
-from sparse_patch_eval.base.options import parse_length, parse_lengths, parse_method
+from sparse_patch_eval.base.options import parse_length, parse_lengths
 from sparse_patch_eval.base.rows import Row, RowFile
 from sparse_patch_kernels import BlockPlan, block_sparse_attention
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from sparse_patch import get_method
 
 OURS, FLEX = "ours", "FlexAttention"
 # What is timed together; plans: "random", or a model with its layer.
@@ -128,7 +130,7 @@ def _layer_plans(
     model: str, specs: Sequence[str], tokens: int, layers: str
 ) -> dict[tuple[str, int], Given]:
     """What methods plan on a model, by model and layer, and by the plans' block."""
-    methods = {spec: parse_method(spec) for spec in specs}
+    methods = {spec: get_method(spec) for spec in specs}
     found: dict[tuple[str, int], Given] = {}
     for layer, inside in of_model(model, tokens, layers).items() if specs else ():
         for spec, method in methods.items():

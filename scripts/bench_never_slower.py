@@ -34,14 +34,14 @@ from bench import grid, options
 from bench.prefills import DENSE, WARM_UP_TOKENS, Prefills
 from sparse_patch_eval.ask.prefill import prefill
 from sparse_patch_eval.base.console import user_errors
-from sparse_patch_eval.base.options import parse_lengths, parse_method
+from sparse_patch_eval.base.options import parse_lengths
 from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
 from sparse_patch_eval.inputs.text import long_text
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparse_patch
-from sparse_patch import Method
+from sparse_patch import Method, get_method
 
 TEXT, UNIFORM = "text", "uniform"
 LEAST = 0.97
@@ -61,7 +61,7 @@ def main(
 ) -> None:
     """Time prefills of an unpatched model and of one patched with min_length="auto"."""
     with user_errors():
-        methods = {spec: parse_method(spec) for spec in method or METHODS}
+        methods = {spec: get_method(spec) for spec in method or METHODS}
         wanted, prose = parse_lengths(lengths), long_text(text)
     places = [{"length": n, "kind": kind} for n in wanted for kind in (TEXT, UNIFORM)]
     whole = set(itertools.product([DENSE, *methods], range(prompts)))

@@ -43,14 +43,14 @@ from bench.plots import plot
 from bench.prefills import DENSE, WARM_UP_TOKENS, Prefills
 from sparse_patch_eval.ask.prefill import prefill
 from sparse_patch_eval.base.console import user_errors
-from sparse_patch_eval.base.options import parse_length, parse_lengths, parse_method
+from sparse_patch_eval.base.options import parse_length, parse_lengths
 from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
 from sparse_patch_eval.inputs.text import long_text
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparse_patch
-from sparse_patch import Method
+from sparse_patch import Method, get_method
 
 # Least speed-up, by dtype and tokens.
 TARGETS = {
@@ -94,7 +94,7 @@ def main(
     """Measure time-to-first-token of dense and sparse prefill."""
     with user_errors():
         specs = method or ["flexprefill:gamma=0.9"]
-        methods = {spec: parse_method(spec) for spec in specs}
+        methods = {spec: get_method(spec) for spec in specs}
         wanted = parse_lengths(lengths)
         prose = long_text(text)
         peers = peer or []

@@ -28,14 +28,7 @@ from bench import grid, options
 from bench.plots import plot
 from bench.prefills import DENSE
 from sparse_patch_eval.base.console import note, progress, user_errors
-from sparse_patch_eval.base.options import (
-    choose_layers,
-    parse_layers,
-    parse_length,
-    parse_method,
-    split_list,
-    split_method,
-)
+from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length
 from sparse_patch_eval.base.rows import RowFile, describe_machines
 from sparse_patch_eval.inputs.models import load
 from sparse_patch_eval.inputs.text import long_text
@@ -46,6 +39,8 @@ from study.tuning import Tuner, capture_layers, mean_density, tuning_layers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
+from sparse_patch import get_method
+from sparse_patch.spelling import split_list, split_method
 
 TURNS = "kjv,pydoc"
 
@@ -81,7 +76,7 @@ def main(
         all_methods = [name for name in sparse_patch.list_methods() if name != "dense"]
         specs = list(dict.fromkeys(method or all_methods))
         for spec in specs:
-            parse_method(spec)
+            get_method(spec)
         wanted, n_tokens = parse_layers(layers), parse_length(length)
         prose = {
             option: {name: long_text(name, option=option) for name in split_list(names)}
@@ -191,7 +186,7 @@ def _measure(
                 file.add({**about, "method": DENSE, **dense.row})
             for spec in left:
                 bar.update(task, description=f"prompt {index}: {spec}")
-                row = compare(model, tokenizer, prompt, parse_method(spec), dense, rows=rows)
+                row = compare(model, tokenizer, prompt, get_method(spec), dense, rows=rows)
                 file.add({**about, "method": spec, **row})
                 bar.advance(task)
 

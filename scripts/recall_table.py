@@ -29,14 +29,14 @@ from sparse_patch_eval.ask.capture import Attention, capture
 from sparse_patch_eval.ask.judge import judge, plan_of
 from sparse_patch_eval.base.console import fail, progress, user_errors
 from sparse_patch_eval.base.markdown import table
-from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length, parse_method
+from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length
 from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
 from sparse_patch_eval.inputs.models import load
 from sparse_patch_eval.inputs.text import long_text, passkey_prompt
 from study.oracle import Oracle, oracle
 
 import sparse_patch
-from sparse_patch import Method
+from sparse_patch import Method, get_method
 
 ORACLE = "oracle"
 CURVE = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)
@@ -63,7 +63,7 @@ def main(
     """Measure density and recall of methods, and the oracle's density at that recall."""
     with user_errors():
         specs = list(dict.fromkeys(method or default_specs()))
-        methods = {spec: parse_method(spec) for spec in specs}
+        methods = {spec: get_method(spec) for spec in specs}
         wanted, n_tokens, prose = parse_layers(layers), parse_length(length), long_text(text)
         lm, tokenizer = load(model, dtype=dtype, device=device, max_length=n_tokens)
         chosen = choose_layers(lm, wanted)

@@ -1,13 +1,14 @@
 """Training-free sparse attention for the prefill of Hugging Face models, in one line.
 
 import sparse_patch
-sparse_patch.patch(model, "flexprefill", gamma=0.9)   # and sparse_patch.unpatch(model)
+sparse_patch.patch(model)   # and sparse_patch.unpatch(model)
 
 Public beside the names here is what these modules list in `__all__` or register, and no more:
 
     methods.*     the class of a method
     block_scorer  the base of methods that give blocks a score
     profiles      what a profile is made of
+    spelling      a method with its parameters as text
     strict_json   files of unknown origin, read as data
 """
 
@@ -18,6 +19,7 @@ from .inspection import HeadView, Inspection, LayerView, inspect
 from .patching import Patch, patch, report, unpatch
 from .profiles import Profile
 from .registry import (
+    RECOMMENDED,
     Examples,
     Knob,
     Method,
@@ -35,6 +37,7 @@ from .version import __version__
 
 __all__ = [
     "REASONS",
+    "RECOMMENDED",
     "BackendUnavailable",
     "BlockPlan",
     "Examples",

@@ -40,7 +40,7 @@ from .forwards import hook_decoder, hook_steps
 from .layer import LayerState, Observer
 from .masks import mask_function
 from .profiles import Auto, Profile, shape_of
-from .registry import Method, get_method
+from .registry import RECOMMENDED, Method, get_method
 from .reporting import Report, make_report
 from .routing import Options
 from .targets import (
@@ -52,6 +52,9 @@ from .targets import (
     transformers_model,
 )
 
+DEFAULT_MIN_LENGTH = 1024
+"""Fewest keys of a sparse call where a method or a profile is named, and no length."""
+
 
 def patch(
     model: nn.Module,
@@ -60,7 +63,7 @@ def patch(
     profile: Profile | str | Path | None = None,
     layers: Iterable[int] | None = None,
     dense_layers: int | Iterable[int] | None = None,
-    min_length: int | Literal["auto"] = 1024,
+    min_length: int | Literal["auto"] | None = None,
     min_queries: int = 64,
     backend: str = "auto",
     measure_recall: bool | int = False,
@@ -79,13 +82,16 @@ def patch(
     Args:
         model: a Transformers decoder model, or a wrapper that holds one. Of a vision-language model
             only the text decoder is patched.
-        method: a name from `list_methods()`, or a method object. With a profile: "auto" or None.
+        method: a name from `list_methods()`, also with parameters as on the command line
+            (`"strided:preset=fine"`), or a method object. Default: the one we recommend,
+            `sparse_patch.RECOMMENDED`. With a profile: "auto" or None.
         profile: which method each head runs: a file that `sparse-patch tune` wrote for a model of
             this type and shape, or the `Profile` loaded from it.
         layers: indices of the layers to patch, negative from the end; default: all.
         dense_layers: layers kept exact: indices, or a number n for the first n; default: the
             method's own (0 for most).
-        min_length: sequences with fewer keys than this run exact. "auto", on a CPU: a call is
+        min_length: sequences with fewer keys than this run exact; default: 1024, or "auto" where
+            neither a method nor a profile is named. "auto", on a CPU: a call is
             planned and runs sparse where that is expected to be faster than exact attention, from
             the costs of both on this machine (`sparse_patch.costs`, measured once, in a few
             seconds) and from the times of earlier plans (`sparse_patch.budget`). Which calls run
@@ -99,7 +105,8 @@ def patch(
         measure_recall: also measure the attention mass kept, which costs about a dense prefill; a
             number: only on about that many query rows per call.
         costs: the cost model for `min_length="auto"`; default: measured on this machine.
-        params: the method's parameters, and `preset=` for one of its presets.
+        params: the method's parameters, and `preset=` for one of its presets; these override what
+            the text of `method` says of them.
 
     Returns:
         The patch, already active: a handle (`remove()`, `report()`) and a context manager that
@@ -115,8 +122,10 @@ def patch(
     """
     root = transformers_model(model)
     modules = attention_modules(root)
+    if min_length is None:
+        min_length = "auto" if method is None and profile is None else DEFAULT_MIN_LENGTH
     if profile is None:
-        chosen = _as_method(method, params)
+        chosen = _as_method(RECOMMENDED if method is None else method, params)
     else:
         chosen = _of_profile(profile, method, params, text_config(root))
     _refuse_split_heads(root, chosen)
@@ -277,10 +286,10 @@ def _of_profile(
 
 
 def _as_method(method: str | Method | None, params: dict[str, Any]) -> Method:
-    if method is None or method == "auto":
+    if method == "auto":
         raise ValueError(
-            f"method={method!r}: name one (sparse_patch.list_methods()), or give a profile= that "
-            "`sparse-patch tune` wrote for this model"
+            "method='auto' needs a profile= that `sparse-patch tune` wrote for this model; leave "
+            "it out for the method we recommend, or name one (sparse_patch.list_methods())"
         )
     if isinstance(method, str):
         return get_method(method, **params)

@@ -25,7 +25,12 @@ from typing import Any, ClassVar, TypeVar
 from sparse_patch_kernels import BlockPlan
 from torch import Tensor
 
+from .spelling import split_method
+
 ENTRY_POINT_GROUP = "sparse_patch.methods"
+RECOMMENDED = "strided:preset=fine"
+"""The method of `patch` and of the commands where none is named: at an equal share of computed
+attention it stays nearest to dense (docs/results/methods.md)."""
 # Parameters reach int64 tensors; numbers from a file may be larger.
 _MOST = 2**62
 
@@ -320,17 +325,22 @@ def method_class(name: str) -> type:
 
 
 def get_method(name: str, /, *, preset: str | None = None, **params: Any) -> Method:
-    """Build a method from keyword arguments.
+    r"""Build a method from keyword arguments, or from text as on the command line.
 
     Args:
-        name: one of `list_methods()`.
-        preset: start from this named set of parameters; `params` override it.
-        params: the method's parameters.
+        name: one of `list_methods()`, or with parameters as in `"strided:preset=fine,gamma=0.93"`:
+            values are Python literals, anything else is text, in which `\,` is a comma.
+        preset: start from this named set of parameters; those given otherwise override it.
+        params: the method's parameters. These and `preset` override what `name` says of them.
 
     Raises:
-        ValueError: unknown name, preset or parameter, or a value out of its range. The message
-            names the argument and what it may be.
+        ValueError: unknown name, preset or parameter, a value out of its range, or a text of
+            another form. The message names the argument and what it may be.
     """
+    name, written = split_method(name)
+    written_preset = written.pop("preset", None)
+    preset = written_preset if preset is None else preset
+    params = {**written, **params}
     cls = method_class(name)
     known = [field.name for field in dataclasses.fields(cls)]
     for key in params:

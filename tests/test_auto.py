@@ -56,6 +56,30 @@ def test_where_sparse_pays_it_is_as_with_a_number(llama):
     assert handle.report().exact == {}
 
 
+def test_with_no_method_named_the_recommended_one_runs_where_it_pays(llama):
+    recommended = sparse_patch.get_method(sparse_patch.RECOMMENDED)
+    with sparse_patch.patch(llama, costs=PAYS) as handle:
+        want = logits(llama, tokens())
+    assert handle.method == recommended
+    assert handle.report().sparse_calls == 4  # of 200 tokens: no length is too short
+    with sparse_patch.patch(llama, recommended, min_length="auto", costs=PAYS):
+        assert torch.equal(logits(llama, tokens()), want)
+    with sparse_patch.patch(llama, gamma=0.5, min_length=300) as handle:
+        logits(llama, tokens())
+    assert handle.method == sparse_patch.get_method(sparse_patch.RECOMMENDED, gamma=0.5)
+    assert handle.report().exact == {"short": 4}
+
+
+@pytest.mark.parametrize("method", [sparse_patch.RECOMMENDED, "flexprefill:gamma=0.5", "dense"])
+def test_a_method_that_is_named_runs_from_1024_keys_on(llama, method):
+    with sparse_patch.patch(llama, method) as handle:
+        logits(llama, tokens(length=1023))
+        assert handle.report().exact == {"short": 4}
+        logits(llama, tokens(length=1024))
+    assert handle.method == sparse_patch.get_method(method)
+    assert handle.report().exact["short"] == 4
+
+
 @pytest.mark.parametrize("costs", [NEVER_PAYS, NEVER_PAYS_BY_OP])
 def test_where_it_never_pays_the_answer_is_that_of_dense(llama, costs):
     ids, extra = padded()
@@ -213,7 +237,7 @@ def test_reasons_are_known():
     [
         ({"min_length": "always"}, "min_length='always' must be .* or 'auto'"),
         ({"min_length": "auto", "costs": "costs.json"}, "costs='costs.json' must be"),
-        ({"costs": PAYS}, "costs=CostModel.* with min_length='auto'"),
+        ({"costs": PAYS}, "costs=CostModel.* needs min_length='auto'"),
     ],
 )
 def test_bad_arguments_are_named(llama, options, message):

@@ -18,10 +18,11 @@ import torch
 from sparse_patch_eval.ask import density
 from sparse_patch_eval.ask.capture import Attention, capture
 from sparse_patch_eval.ask.judge import plan_of
-from sparse_patch_eval.base.options import choose_layers, parse_method, spec_of
+from sparse_patch_eval.base.options import choose_layers
 from transformers import PreTrainedModel
 
-from sparse_patch import describe
+from sparse_patch import describe, get_method
+from sparse_patch.spelling import spec_of
 from study.needles import NeedlePrompt
 
 TOLERANCE = 0.01
@@ -147,6 +148,6 @@ def capture_layers(
 @torch.inference_mode()
 def mean_density(spec: str, captured: Sequence[dict[int, Attention]]) -> float:
     """Kept / causal of a method's plans, mean over what was captured; exact counts as 1."""
-    method = parse_method(spec)
+    method = get_method(spec)
     plans = [plan_of(method, layer, one) for inside in captured for layer, one in inside.items()]
     return density.mean_density(None if plan is None else plan.density for plan in plans)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 
 import pytest
 import torch
@@ -24,27 +23,6 @@ def run(*arguments):
 
 
 # --- options -------------------------------------------------------------------------------------
-
-
-def test_a_method_is_read_with_its_parameters():
-    assert options.parse_method("flexprefill") == sparse_patch.get_method("flexprefill")
-    got = options.parse_method("flexprefill: gamma=0.95, max_budget=None,variant=corrected")
-    assert got == sparse_patch.get_method("flexprefill", gamma=0.95, variant="corrected")
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("flexprefil", "did you mean 'flexprefill'"),
-        ("flexprefill:gamma", "must be key=value"),
-        ("flexprefill:gamma=", "must be key=value"),
-        ("flexprefill:gamma=2", "gamma=2"),
-        ("flexprefill:gama=1", "did you mean 'gamma'"),
-    ],
-)
-def test_a_bad_method_is_named(spec, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        options.parse_method(spec)
 
 
 def test_lengths_are_read_in_tokens_or_k():

@@ -3,10 +3,11 @@
 import math
 
 import pytest
-from sparse_patch_eval.base.options import parse_method, spec_of, split_method
 from study.tuning import Tuner
 
 import sparse_patch
+from sparse_patch import get_method
+from sparse_patch.spelling import spec_of, split_method
 
 
 def knob_of(name):
@@ -87,7 +88,7 @@ def test_numbers_that_belong_together_keep_their_proportion():
 @pytest.mark.parametrize("name", [n for n in sparse_patch.list_methods() if knob_of(n)])
 def test_every_place_of_a_registered_methods_knob_is_a_method(name):
     specs = [spec_of(name, knob_of(name).params(place)) for place in (0.0, 0.3, 0.5, 0.99, 1.0)]
-    assert len({parse_method(spec) for spec in specs}) > 3
+    assert len({get_method(spec) for spec in specs}) > 3
 
 
 def test_the_methods_of_the_core_have_knobs():

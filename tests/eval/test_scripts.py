@@ -91,7 +91,7 @@ def test_recall_table_runs_all_methods_and_presets_by_default(script):
     assert "flexprefill" in specs
     assert "proxyattn:preset=paper" in specs
     assert "dense" not in specs
-    assert all(module.parse_method(spec) for spec in specs)
+    assert all(module.get_method(spec) for spec in specs)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import re
 import pytest
 import yaml
 from sparse_patch_eval.base import text_file
-from sparse_patch_eval.base.options import join_list, parse_method, spec_of, split_list
 from sparse_patch_eval.base.text_file import read_text
 from sparse_patch_eval.cli.app import app
 from sparse_patch_eval.inputs.text import long_text
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from sparse_patch import Profile, get_method
+from sparse_patch.spelling import spec_of
 
 WORDS = "Prose of a few words, naïve.\n"
 # Content, and what is said of it.
@@ -278,27 +278,12 @@ def test_a_comma_hides_no_path_of_a_config(tmp_path, tasks):
     assert "'a,/../../x' leads out of the current folder" in said
 
 
-@pytest.mark.parametrize(
-    "parts", [[], ["a"], ["a", "b c"], ["a,b", ",", "c,,d,"], ["C:\\x", "\\\\y,z", "(1", "2)"]]
-)
-def test_a_list_reads_as_it_was_written(parts):
-    assert split_list(join_list(parts)) == parts
-    assert split_list(" , ".join(join_list([part]) for part in parts)) == parts
-
-
 @pytest.mark.parametrize("name", ["a,b", "a, b c", "a;b", "(a,b", "a),b", 'o\'brien, "x"', "k=v,w"])
 def test_a_methods_file_may_have_any_name(tmp_path, name):
     file = tmp_path / f"{name}.json"
     file.write_text("[[0.5]]")
     wanted = get_method("xattention", thresholds=str(file), block_size=64)
     spec = spec_of("xattention", {"thresholds": str(file), "block_size": 64})
-    assert parse_method(spec) == wanted
+    assert get_method(spec) == wanted
     assert read_method(spec.replace(";", "\\;"))[1] == wanted
     assert read_method("xattention:block_size=64", {"thresholds": str(file)})[1] == wanted
-
-
-def test_a_value_cut_at_its_comma_says_how_to_write_one():
-    with pytest.raises(
-        ValueError, match=r"'b\.json' must be .* write a comma inside a value as \\,"
-    ):
-        parse_method("xattention:thresholds=a,b.json,gamma=0.5")

@@ -9,15 +9,10 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
+from sparse_patch import RECOMMENDED
+from sparse_patch.spelling import join_list, literal, split_list, split_method
 from sparse_patch_eval.base.console import console, fail, note, plain, user_errors, visible
-from sparse_patch_eval.base.options import (
-    join_list,
-    leaves_folder,
-    literal,
-    parse_lengths,
-    split_list,
-    split_method,
-)
+from sparse_patch_eval.base.options import leaves_folder, parse_lengths
 from sparse_patch_eval.base.text_file import read_text
 
 _NEEDS = 'lm-eval is missing: pip install "sparse-patch[eval]"'
@@ -112,7 +107,8 @@ def evaluate(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="`NAME:key=value,...`; repeatable. `dense`, the unpatched model, always runs too."
+            help="`NAME:key=value,...`; repeatable. `dense`, the unpatched model, always runs too. "
+            f"Default: {RECOMMENDED}"
         ),
     ] = None,
     tasks: Annotated[
@@ -215,7 +211,7 @@ def evaluate(
         settings |= {"task_args": task_args} if task_args else {}
         setup = Setup(
             model=model,
-            methods=tuple(method or ()),
+            methods=tuple(method or (RECOMMENDED,)),
             patch_options={
                 "min_length": min_length,
                 "backend": backend,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparse_patch import RECOMMENDED
 from sparse_patch_eval.base.console import console, plain, progress, user_errors
 
 if TYPE_CHECKING:  # seconds of import, which `--help` can do without
@@ -26,7 +27,7 @@ def inspect(
     ] = "smollm2",
     method: Annotated[
         str, typer.Option(help="`NAME:key=value,...`; see `sparse-patch methods`.")
-    ] = "flexprefill:gamma=0.9",
+    ] = RECOMMENDED,
     prompt: Annotated[
         Path | None, typer.Option(help="UTF-8 file with the prompt; default: a passkey in --text.")
     ] = None,
@@ -53,19 +54,15 @@ def inspect(
     """
     with user_errors():
         import sparse_patch
+        from sparse_patch import get_method
         from sparse_patch_eval.base.machine import machine
-        from sparse_patch_eval.base.options import (
-            choose_layers,
-            parse_layers,
-            parse_length,
-            parse_method,
-        )
+        from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length
         from sparse_patch_eval.base.text_file import read_text
         from sparse_patch_eval.inputs.models import check_context, load
         from sparse_patch_eval.inputs.text import long_text, passkey_prompt
         from sparse_patch_eval.report.inspect_page import page
 
-        chosen, selection, tokens = parse_method(method), parse_layers(layers), parse_length(length)
+        chosen, selection, tokens = get_method(method), parse_layers(layers), parse_length(length)
         words = long_text(text) if prompt is None else read_text(prompt, "--prompt")
         lm, tokenizer = load(model, dtype=dtype, device=device)
         if prompt is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparse_patch import RECOMMENDED
 from sparse_patch_eval.base.console import console, progress, user_errors, visible
 
 if TYPE_CHECKING:  # seconds of import, which `--help` can do without
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # seconds of import, which `--help` can do without
 
     from sparse_patch import Profile
 
-METHODS = ["strided", "xattention", "proxyattn", "flexprefill"]
+METHODS = [RECOMMENDED, "xattention", "proxyattn", "flexprefill"]
 
 
 def tune(
@@ -72,9 +73,10 @@ def tune(
 
         import sparse_patch
         from sparse_patch.profiles import shape_of
+        from sparse_patch.spelling import split_method
         from sparse_patch_eval.ask.kl import kl_rows
         from sparse_patch_eval.base.machine import machine
-        from sparse_patch_eval.base.options import parse_length, split_method
+        from sparse_patch_eval.base.options import parse_length
         from sparse_patch_eval.base.rows import RowFile
         from sparse_patch_eval.inputs.models import check_context, load
         from sparse_patch_eval.inputs.text import long_text, passkey_prompt

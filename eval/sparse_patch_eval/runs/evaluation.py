@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_patch import Method
+from sparse_patch import Method, get_method
 from sparse_patch_eval.ask.answer import answer
 from sparse_patch_eval.base.console import note, progress
-from sparse_patch_eval.base.options import parse_method
 from sparse_patch_eval.runs.folder import RunFolder, run_config
 from sparse_patch_eval.runs.format import DENSE
 from sparse_patch_eval.runs.unit import How, Question, Unit
@@ -30,7 +29,7 @@ class Setup:
 
     Attributes:
         model: as `--model` takes it.
-        methods: specs, as `options.parse_method` takes them; "dense" is added where it is missing.
+        methods: as `sparse_patch.get_method` takes them; "dense" is added where it is missing.
         patch_options: for `sparse_patch.patch`, with every method.
         model_settings: all else about the model that can change a number: dtype, device, ...
         seed: chooses the samples of generated tasks.
@@ -54,7 +53,7 @@ class Setup:
             ValueError: a method or parameter does not exist.
         """
         specs = dict.fromkeys([DENSE, *self.methods])
-        return {spec: None if spec == DENSE else parse_method(spec) for spec in specs}
+        return {spec: None if spec == DENSE else get_method(spec) for spec in specs}
 
 
 def evaluate(

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from sparse_patch import BlockPlan, Method, Profile, describe, get_method
 from sparse_patch.profiles import Share, common_form
+from sparse_patch.spelling import spec_of
 from sparse_patch_eval.ask.capture import Attention
 from sparse_patch_eval.ask.judge import plan_of
 from sparse_patch_eval.ask.true_attention import block_mass
-from sparse_patch_eval.base.options import spec_of
 
 # Bounds of the price: at the lower one, recall is worth nothing.
 _CHEAPEST, _DEAREST = 1e-3, 1e4
