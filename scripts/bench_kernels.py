@@ -33,13 +33,7 @@ from gpu_checks.device import Device
 from gpu_checks.inputs import keys, plan_of_density, queries
 from sparse_patch_eval.ask.capture import capture
 from sparse_patch_eval.base.console import console, fail, progress, user_errors
-from sparse_patch_eval.base.options import (
-    choose_layers,
-    parse_layers,
-    parse_length,
-    parse_lengths,
-    parse_method,
-)
+from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length, parse_lengths
 from sparse_patch_eval.base.rows import Row, RowFile
 from sparse_patch_eval.inputs.models import load
 from sparse_patch_eval.inputs.text import long_text, passkey_prompt
@@ -47,6 +41,8 @@ from sparse_patch_kernels import BlockPlan, block_sparse_attention
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+from sparse_patch.specs import parse_method
 
 SDPA, OURS, FLEX = "SDPA", "ours", "FlexAttention"
 # By length: query and KV heads of the two groupings, so few that a dense call takes seconds.

@@ -32,7 +32,7 @@ import typer
 from bench_prefill import DENSE, WARM_UP_TOKENS, rotated
 from sparse_patch_eval.ask.prefill import prefill
 from sparse_patch_eval.base.console import console, progress, user_errors
-from sparse_patch_eval.base.options import parse_lengths, parse_method
+from sparse_patch_eval.base.options import parse_lengths
 from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
 from sparse_patch_eval.inputs.models import load_for_lengths
 from sparse_patch_eval.inputs.text import long_text, passkey_prompt
@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 
 import sparse_patch
 from sparse_patch import Method
+from sparse_patch.specs import parse_method
 
 TEXT, UNIFORM = "text", "uniform"
 LEAST = 0.97

@@ -41,7 +41,7 @@ from plots import plot
 from prefill_peers import PEERS, Peer, gguf_of
 from sparse_patch_eval.ask.prefill import prefill
 from sparse_patch_eval.base.console import console, progress, user_errors
-from sparse_patch_eval.base.options import parse_length, parse_lengths, parse_method
+from sparse_patch_eval.base.options import parse_length, parse_lengths
 from sparse_patch_eval.base.rows import RowFile, describe_machines
 from sparse_patch_eval.inputs.models import load_for_lengths
 from sparse_patch_eval.inputs.text import long_text, passkey_prompt
@@ -49,6 +49,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
 from sparse_patch import Method
+from sparse_patch.specs import parse_method
 
 DENSE = "dense SDPA"
 WARM_UP_TOKENS = 1536

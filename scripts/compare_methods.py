@@ -26,14 +26,7 @@ from typing import Annotated
 import typer
 from plots import plot
 from sparse_patch_eval.base.console import console, note, progress, user_errors
-from sparse_patch_eval.base.options import (
-    choose_layers,
-    parse_layers,
-    parse_length,
-    parse_method,
-    split_list,
-    split_method,
-)
+from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length
 from sparse_patch_eval.base.rows import RowFile, describe_machines
 from sparse_patch_eval.inputs.models import load
 from sparse_patch_eval.inputs.text import long_text
@@ -45,6 +38,7 @@ from study.tuning import capture_layers, mean_density, tuning_layers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
+from sparse_patch.specs import parse_method, split_list, split_method
 
 
 @dataclass(frozen=True)

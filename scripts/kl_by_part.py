@@ -34,7 +34,7 @@ from sparse_patch_eval.ask.density import exact_share, whole_density
 from sparse_patch_eval.ask.judge import judge, plan_of
 from sparse_patch_eval.ask.kl import kl_rows
 from sparse_patch_eval.base.console import console, progress, user_errors
-from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length, parse_method
+from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length
 from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
 from sparse_patch_eval.base.stats import bootstrap
 from sparse_patch_eval.inputs.models import load
@@ -45,6 +45,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparse_patch import Method
+from sparse_patch.specs import parse_method
 
 BINS = 16
 """Stretches of the prompt that KL by position is given for."""

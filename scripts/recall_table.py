@@ -27,7 +27,7 @@ from plots import legend_outside, plot, style
 from sparse_patch_eval.ask.capture import Attention, capture
 from sparse_patch_eval.ask.judge import judge, plan_of
 from sparse_patch_eval.base.console import console, fail, progress, user_errors
-from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length, parse_method
+from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length
 from sparse_patch_eval.base.rows import Row, RowFile, describe_machines
 from sparse_patch_eval.inputs.models import load
 from sparse_patch_eval.inputs.text import long_text, passkey_prompt
@@ -35,6 +35,7 @@ from study.oracle import Oracle, oracle
 
 import sparse_patch
 from sparse_patch import Method
+from sparse_patch.specs import parse_method
 
 ORACLE = "oracle"
 CURVE = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)

@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_patch_eval.base.options import spec_of
-
 from sparse_patch import describe
+from sparse_patch.specs import spec_of
 
 TOLERANCE = 0.01
 _MOST_STEPS = 24

@@ -8,9 +8,10 @@ import torch
 from sparse_patch_eval.ask import density
 from sparse_patch_eval.ask.capture import Attention, capture
 from sparse_patch_eval.ask.judge import plan_of
-from sparse_patch_eval.base.options import choose_layers, parse_method
+from sparse_patch_eval.base.options import choose_layers
 from transformers import PreTrainedModel
 
+from sparse_patch.specs import parse_method
 from study.needles import NeedlePrompt
 
 

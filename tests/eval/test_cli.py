@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import sparse_patch
+from sparse_patch import specs
 
 
 def run(*arguments):
@@ -27,8 +28,8 @@ def run(*arguments):
 
 
 def test_a_method_is_read_with_its_parameters():
-    assert options.parse_method("flexprefill") == sparse_patch.get_method("flexprefill")
-    got = options.parse_method("flexprefill: gamma=0.95, max_budget=None,variant=corrected")
+    assert specs.parse_method("flexprefill") == sparse_patch.get_method("flexprefill")
+    got = specs.parse_method("flexprefill: gamma=0.95, max_budget=None,variant=corrected")
     assert got == sparse_patch.get_method("flexprefill", gamma=0.95, variant="corrected")
 
 
@@ -44,7 +45,7 @@ def test_a_method_is_read_with_its_parameters():
 )
 def test_a_bad_method_is_named(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        options.parse_method(spec)
+        specs.parse_method(spec)
 
 
 def test_lengths_are_read_in_tokens_or_k():

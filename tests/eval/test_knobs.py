@@ -3,10 +3,10 @@
 import math
 
 import pytest
-from sparse_patch_eval.base.options import parse_method, spec_of, split_method
 from study.tuner import Tuner
 
 import sparse_patch
+from sparse_patch.specs import parse_method, spec_of, split_method
 
 
 def knob_of(name):

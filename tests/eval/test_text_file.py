@@ -8,7 +8,6 @@ import re
 import pytest
 import yaml
 from sparse_patch_eval.base import text_file
-from sparse_patch_eval.base.options import join_list, parse_method, spec_of, split_list
 from sparse_patch_eval.base.text_file import read_text
 from sparse_patch_eval.cli.app import app
 from sparse_patch_eval.inputs.text import long_text
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from sparse_patch import Profile, get_method
+from sparse_patch.specs import join_list, parse_method, spec_of, split_list
 
 WORDS = "Prose of a few words, naïve.\n"
 # Content, and what is said of it.

@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
+from sparse_patch.specs import parse_method
 from sparse_patch_eval.ask.demo import STEPS_PER_LENGTH, DemoRow, run_length, warm_up
 from sparse_patch_eval.base.console import fail, plain, visible
 from sparse_patch_eval.base.machine import machine
-from sparse_patch_eval.base.options import parse_lengths, parse_method
+from sparse_patch_eval.base.options import parse_lengths
 from sparse_patch_eval.inputs.models import load_for_lengths
 from sparse_patch_eval.inputs.text import long_text, passkey_prompt
 

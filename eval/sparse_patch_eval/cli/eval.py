@@ -9,15 +9,9 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
+from sparse_patch.specs import join_list, literal, split_list, split_method
 from sparse_patch_eval.base.console import console, fail, note, plain, user_errors, visible
-from sparse_patch_eval.base.options import (
-    join_list,
-    leaves_folder,
-    literal,
-    parse_lengths,
-    split_list,
-    split_method,
-)
+from sparse_patch_eval.base.options import leaves_folder, parse_lengths
 from sparse_patch_eval.base.text_file import read_text
 
 _NEEDS = 'lm-eval is missing: pip install "sparse-patch[eval]"'

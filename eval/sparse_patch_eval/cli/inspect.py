@@ -55,13 +55,9 @@ def inspect(
     """
     with user_errors():
         import sparse_patch
+        from sparse_patch.specs import parse_method
         from sparse_patch_eval.base.machine import machine
-        from sparse_patch_eval.base.options import (
-            choose_layers,
-            parse_layers,
-            parse_length,
-            parse_method,
-        )
+        from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length
         from sparse_patch_eval.base.text_file import read_text
         from sparse_patch_eval.inputs.models import check_context, load
         from sparse_patch_eval.inputs.text import long_text, passkey_prompt

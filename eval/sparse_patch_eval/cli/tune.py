@@ -65,9 +65,10 @@ def tune(
 
         import sparse_patch
         from sparse_patch.profiles import shape_of
+        from sparse_patch.specs import split_method
         from sparse_patch_eval.ask.kl import kl_rows
         from sparse_patch_eval.base.machine import machine
-        from sparse_patch_eval.base.options import parse_length, split_method
+        from sparse_patch_eval.base.options import parse_length
         from sparse_patch_eval.base.rows import RowFile
         from sparse_patch_eval.inputs.models import check_context, load
         from sparse_patch_eval.inputs.text import long_text, passkey_prompt

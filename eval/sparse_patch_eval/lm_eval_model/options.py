@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_patch import Method, get_method
-from sparse_patch_eval.base.options import choose_layers, parse_layers, split_method
+from sparse_patch.specs import split_method
+from sparse_patch_eval.base.options import choose_layers, parse_layers
 from sparse_patch_eval.inputs import models
 
 _SEMICOLON = re.compile(r"(?<!\\);")

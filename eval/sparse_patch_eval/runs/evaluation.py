@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sparse_patch import Method
+from sparse_patch.specs import parse_method
 from sparse_patch_eval.ask.answer import answer
 from sparse_patch_eval.base.console import note, progress
-from sparse_patch_eval.base.options import parse_method
 from sparse_patch_eval.runs.folder import RunFolder, run_config
 from sparse_patch_eval.runs.format import DENSE
 from sparse_patch_eval.runs.unit import How, Question, Unit
@@ -30,7 +30,7 @@ class Setup:
 
     Attributes:
         model: as `--model` takes it.
-        methods: specs, as `options.parse_method` takes them; "dense" is added where it is missing.
+        methods: specs, as `specs.parse_method` takes them; "dense" is added where it is missing.
         patch_options: for `sparse_patch.patch`, with every method.
         model_settings: all else about the model that can change a number: dtype, device, ...
         seed: chooses the samples of generated tasks.

@@ -25,10 +25,10 @@ from torch import Tensor
 from sparse_patch import BlockPlan, Method, Profile, describe, get_method
 from sparse_patch.mixing import common_form
 from sparse_patch.profiles import Share
+from sparse_patch.specs import spec_of
 from sparse_patch_eval.ask.capture import Attention
 from sparse_patch_eval.ask.judge import plan_of
 from sparse_patch_eval.ask.true_attention import block_mass
-from sparse_patch_eval.base.options import spec_of
 
 # Prices between which the right one lies: at the first recall is worth nothing.
 _CHEAPEST, _DEAREST = 1e-3, 1e4
