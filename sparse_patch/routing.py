@@ -36,6 +36,10 @@ REASONS: dict[str, str | None] = {
     "sinks by query": "this model has attention sinks that depend on the query",
     "not causal": "this layer attends to the future",
     "dropout": "attention dropout is on",
+    "cache": (
+        "an engine's cache holds keys in a form that is not read back (quantized, or an unknown "
+        "packing), which a later chunk, or a prompt whose beginning is cached, would need"
+    ),
     "non-finite": "q or k holds NaN or infinity; the model or its input is broken",
     "no backend": (
         "no sparse backend runs on this device; on a GPU, Linux, pip install 'sparse-patch[triton]'"

@@ -1,0 +1,101 @@
+"""Keys and values that lie in the pages of an engine's cache, read back as tensors.
+
+How a block of the cache is laid out inside differs by engine, CPU and version: transposed, or in
+tiles for matrix units. Where it is not documented it is found out: numbers are written through the
+engine's own function, and where they turn up is the packing. A cache that changes values (quantized)
+has none, and is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Floating types hold numbers up to here exactly, bfloat16 being the smallest.
+_DIGITS = 256
+
+# Writes keys and values `[block, dim]` into an empty block, and returns what then lies in the parts
+# of it that are for keys and for values, `[block * dim]` each.
+Write = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where a block holds each element of keys or values `[block, dim]`: int64 `[block, dim]`."""
+
+    place: Tensor
+
+    def unpack(self, blocks: Tensor) -> Tensor:
+        """`[..., block, dim]` from what lies in blocks, `[..., block * dim]`; a view if it can."""
+        block, dim = self.place.shape
+        token, channel = self._steps
+        if (token, channel) == (dim, 1):
+            return blocks.unflatten(-1, (block, dim))
+        if (token, channel) == (1, block):
+            return blocks.unflatten(-1, (dim, block)).mT
+        return blocks[..., self.place.to(blocks.device).flatten()].unflatten(-1, (block, dim))
+
+    @property
+    def _steps(self) -> tuple[int, int]:
+        """From a token to the next, and from a channel; 0, 0 where they are not always the same."""
+        block, dim = self.place.shape
+        token = int(self.place[1, 0]) if block > 1 else dim
+        channel = int(self.place[0, 1]) if dim > 1 else 1
+        even = token * torch.arange(block)[:, None] + channel * torch.arange(dim)
+        return (token, channel) if torch.equal(self.place, even) else (0, 0)
+
+
+def find_packings(
+    write: Write, block: int, dim: int, dtype: torch.dtype
+) -> tuple[Packing, Packing] | None:
+    """How a block of the cache packs keys and values; None: it does not hold them as they are.
+
+    Args:
+        write: the engine's.
+        block: tokens in a block.
+        dtype: of keys and values.
+    """
+    numbers = torch.arange(block * dim)
+    found = [torch.zeros_like(numbers), torch.zeros_like(numbers)]
+    for power in range(0, int(numbers[-1]).bit_length(), 8):
+        digits = ((numbers >> power) % _DIGITS).to(dtype).view(block, dim)
+        for sums, part in zip(found, write(digits, digits), strict=True):
+            if part.shape != numbers.shape or part.dtype != dtype:
+                return None
+            sums += part.nan_to_num(-1.0).double().round().long() << power
+    packings = []
+    for sums in found:
+        order, place = sums.sort()
+        if not torch.equal(order, numbers):
+            return None
+        packings.append(Packing(place.view(block, dim)))
+    return packings[0], packings[1]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The cache of one layer, and which blocks of it belong to whom.
+
+    Attributes:
+        keys, values: `[blocks, kv_heads, block * dim]`, each block packed.
+        packings: of keys and of values.
+        table: int `[sequences, most blocks]`, the blocks of each sequence of the batch, in order.
+    """
+
+    keys: Tensor
+    values: Tensor
+    packings: tuple[Packing, Packing]
+    table: Tensor
+
+    def read(self, index: int, kv_len: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[kv_heads, kv_len, dim]` of a sequence of the batch."""
+        block = len(self.packings[0].place)
+        ids = self.table[index, : -(-kv_len // block)].long()
+        parts = []
+        for cache, packing in zip((self.keys, self.values), self.packings, strict=True):
+            tokens = packing.unpack(cache[ids]).transpose(0, 1).flatten(1, 2)
+            parts.append(tokens[:, :kv_len])
+        return parts[0], parts[1]
