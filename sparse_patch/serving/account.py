@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..layer import LayerState
 from ..reporting import Report, make_report
 from .settings import Choice, Settings, options_of
 
 # The method of an engine's workers that returns their reports.
 REPORT = "sparse_patch_report"
-# Seconds between two lines in the log.
-INTERVAL = 10.0
 
 
 def report(llm: Any) -> list[Report]:
@@ -79,6 +79,7 @@ class Account:
     Attributes:
         settings, choice: what runs.
         log: takes a line; None: another process of the engine says the same.
+        interval: seconds between two lines.
         clock: seconds, of any origin.
         tried: shapes of heads that the method was run on, when the engine started.
     """
@@ -86,6 +87,7 @@ class Account:
     settings: Settings
     choice: Choice
     log: Callable[[str], None] | None = None
+    interval: float = 10.0
     clock: Callable[[], float] = time.monotonic
     states: dict[int, LayerState] = field(default_factory=dict)
     tried: set[tuple[Any, ...]] = field(default_factory=set)
@@ -105,9 +107,9 @@ class Account:
 
     def tick(self) -> None:
         """A layer has run: say what was done since the last line, if it is time."""
-        if self.clock() < self._next:
+        if self.clock() < self._next or _in_a_graph():
             return
-        self._next = self.clock() + INTERVAL
+        self._next = self.clock() + self.interval
         now = Totals.of(self.states.values())
         since = now - self._said
         if since.sparse or since.exact:
@@ -119,6 +121,11 @@ class Account:
     def report(self) -> Report:
         states = (self.states[layer] for layer in sorted(self.states))
         return make_report(repr(self.choice.method), states)
+
+
+def _in_a_graph() -> bool:
+    """Is a CUDA graph being recorded, while which no value can be read?"""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def count(totals: Totals) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,13 +42,15 @@ def pieces_of(starts: Sequence[int], lengths: Sequence[int]) -> list[Piece]:
         starts: where each sequence's rows begin, and where the last one's end.
         lengths: tokens of each sequence so far.
     """
-    ends = zip(starts[:-1], starts[1:], lengths, strict=True)
-    return [Piece(i, start, stop, kv) for i, (start, stop, kv) in enumerate(ends) if stop > start]
+    places = zip(pairwise(starts), lengths, strict=True)
+    return [
+        Piece(i, start, stop, kv) for i, ((start, stop), kv) in enumerate(places) if stop > start
+    ]
 
 
 def rows_of(pieces: Sequence[Piece], device: torch.device | str = "cpu") -> slice | Tensor:
     """The rows of some pieces among the tokens of the batch, as a slice where they are one."""
-    joined = all(one.stop == next.start for one, next in zip(pieces, pieces[1:], strict=False))
+    joined = all(one.stop == after.start for one, after in pairwise(pieces))
     if joined:
         return slice(pieces[0].start, pieces[-1].stop)
     return torch.cat([torch.arange(one.start, one.stop, device=device) for one in pieces])

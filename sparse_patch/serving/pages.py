@@ -1,9 +1,9 @@
 """Keys and values that lie in the pages of an engine's cache, read back as tensors.
 
 How a block of the cache is laid out inside differs by engine, CPU and version: transposed, or in
-tiles for matrix units. Where it is not documented it is found out: numbers are written through the
-engine's own function, and where they turn up is the packing. A cache that changes values (quantized)
-has none, and is not read.
+tiles for matrix units. So it is found out: numbers are written through the engine's own function,
+and where they turn up is the packing. A cache that changes values (quantized) has none, and is not
+read.
 """
 
 from __future__ import annotations
@@ -48,9 +48,20 @@ class Packing:
         return (token, channel) if torch.equal(self.place, even) else (0, 0)
 
 
-def find_packings(
-    write: Write, block: int, dim: int, dtype: torch.dtype
-) -> tuple[Packing, Packing] | None:
+@dataclass(frozen=True)
+class Halves:
+    """How blocks hold keys in their first half and values in their second, each packed."""
+
+    keys: Packing
+    values: Packing
+
+    def __call__(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Unpack`."""
+        keys, values = blocks.flatten(2).chunk(2, -1)
+        return self.keys.unpack(keys), self.values.unpack(values)
+
+
+def find_packing(write: Write, block: int, dim: int, dtype: torch.dtype) -> Halves | None:
     """How a block of the cache packs keys and values; None: it does not hold them as they are.
 
     Args:
@@ -72,7 +83,18 @@ def find_packings(
         if not torch.equal(order, numbers):
             return None
         packings.append(Packing(place.view(block, dim)))
-    return packings[0], packings[1]
+    return Halves(*packings)
+
+
+def side_by_side(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each token has its key and its value one after the other; see `Unpack`."""
+    keys, values = blocks.chunk(2, -1)
+    return keys, values
+
+
+# Keys and values `[blocks, kv_heads, block, dim]` from blocks `[blocks, kv_heads, block, 2 * dim]`,
+# whose inner axes are those in name only.
+Unpack = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -80,22 +102,22 @@ class Pages:
     """The cache of one layer, and which blocks of it belong to whom.
 
     Attributes:
-        keys, values: `[blocks, kv_heads, block * dim]`, each block packed.
-        packings: of keys and of values.
+        cache: `[blocks, kv_heads, block, 2 * dim]`.
+        unpack: how it is laid out.
         table: int `[sequences, most blocks]`, the blocks of each sequence of the batch, in order.
     """
 
-    keys: Tensor
-    values: Tensor
-    packings: tuple[Packing, Packing]
+    cache: Tensor
+    unpack: Unpack
     table: Tensor
 
     def read(self, index: int, kv_len: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[kv_heads, kv_len, dim]` of a sequence of the batch."""
-        block = len(self.packings[0].place)
-        ids = self.table[index, : -(-kv_len // block)].long()
-        parts = []
-        for cache, packing in zip((self.keys, self.values), self.packings, strict=True):
-            tokens = packing.unpack(cache[ids]).transpose(0, 1).flatten(1, 2)
-            parts.append(tokens[:, :kv_len])
-        return parts[0], parts[1]
+        used = -(-kv_len // self.cache.shape[2])
+        keys, values = self.unpack(self.cache[self.table[index, :used].long()])
+        return _in_a_row(keys, kv_len), _in_a_row(values, kv_len)
+
+
+def _in_a_row(blocks: Tensor, kv_len: int) -> Tensor:
+    """`[kv_heads, kv_len, dim]` from `[blocks, kv_heads, block, dim]`."""
+    return blocks.transpose(0, 1).flatten(1, 2)[:, :kv_len]

@@ -1,14 +1,17 @@
-"""What our backends for vLLM have in common: whose layers they are, and what is known of them."""
+"""What our backends for vLLM have in common: whose layers they are, and how a step goes."""
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from sparse_patch_kernels import block_sparse_attention
-from vllm.config import get_current_vllm_config_or_none
+from torch import Tensor
+from vllm import envs
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
@@ -19,8 +22,9 @@ from ..call import Call
 from ..costs import keeps_all
 from ..profiles import shape_of
 from .account import Account
-from .batch import Piece, pieces_of
+from .batch import Piece, pieces_of, rows_of, starts_of
 from .layer import EngineLayer
+from .pages import Pages, Unpack
 from .settings import KEY, Settings
 
 logger = init_logger("vllm.sparse_patch")
@@ -51,7 +55,8 @@ def account_of(config: Any) -> Account:
     shape = shape_of(config.model_config.hf_text_config)
     choice = settings.choose(shape, config.parallel_config.tensor_parallel_size)
     first = get_tensor_model_parallel_rank() == 0
-    account = Account(settings, choice, log=logger.info if first else None)
+    log = logger.info if first else None
+    account = Account(settings, choice, log, envs.VLLM_LOG_STATS_INTERVAL)
     if first:
         logger.info(
             "sparse_patch: %r in %d layers of %d, for prompts from %d tokens on",
@@ -114,10 +119,100 @@ def pieces_in(metadata: Any) -> list[Piece]:
     return known
 
 
-def part_in(metadata: Any, pieces: Sequence[Piece], window: Any, make: Any) -> Any:
-    """The metadata of a part of a step, made once for all layers with that window."""
-    parts = metadata.__dict__.setdefault("sparse_patch_parts", {})
-    key = tuple(piece.index for piece in pieces), window
-    if key not in parts:
-        parts[key] = make()
-    return parts[key]
+class SparseForward:
+    """To stand before a vLLM implementation of attention: takes the sequences that run sparse out
+    of a step, and leaves the rest to it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        config = get_current_vllm_config()
+        self.account = account_of(config)
+        self.dtype = config.model_config.dtype
+        self.own: EngineLayer | None = None
+        self.unpack: Unpack | None = None
+        self.seen = False
+        try_out(self.account, self, self.dtype)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *more: Any,
+        **options: Any,
+    ) -> Tensor:
+        """See vLLM's: query and output are `[tokens, heads, dim]`, the cache is
+        `[blocks, kv_heads, block, 2 * dim]`."""
+        attend: Callable[..., Tensor] = super().forward  # type: ignore[misc]
+        whole = layer, query, key, value, kv_cache, attn_metadata, output
+        if attn_metadata is None:  # in a warm-up
+            return attend(*whole, *more, **options)
+        if not self.seen:
+            self._meet(layer, kv_cache)
+        left = pieces = pieces_in(attn_metadata)
+        if self.own is not None:
+            pages = None
+            if self.unpack is not None:
+                pages = Pages(kv_cache, self.unpack, attn_metadata.block_table)
+            reason = self.why_all_exact(attn_metadata)
+            left = self.own.attend(pieces, query, key, value, pages, output, reason)
+            self.account.tick()
+        if len(left) == len(pieces):
+            return attend(*whole, *more, **options)
+        if left:
+            rows = rows_of(left, query.device)
+            out = torch.empty_like(output[rows])
+            part = self._part(layer, attn_metadata, left)
+            attend(layer, query[rows], key, value, kv_cache, part, out, *more, **options)
+            output[rows] = out
+        return output
+
+    def _meet(self, layer: Any, kv_cache: Tensor) -> None:
+        """Learn what is not known before the first step."""
+        self.own = layer_of(self, layer.layer_name, self.account, self.window())
+        if self.own is not None and self.own.always_exact != "cache":
+            self.unpack = self.find_unpack(layer, kv_cache)
+        self.seen = True
+
+    def _part(self, layer: Any, metadata: Any, pieces: Sequence[Piece]) -> Any:
+        """The metadata of a part of a step, made once for all layers that ask alike."""
+        parts = metadata.__dict__.setdefault("sparse_patch_parts", {})
+        key = tuple(piece.index for piece in pieces), *self.part_key()
+        if key not in parts:
+            device, starts = metadata.seq_lens.device, metadata.query_start_loc
+            index = torch.tensor([piece.index for piece in pieces], device=device)
+            part = dataclasses.replace(
+                metadata,
+                num_actual_tokens=sum(piece.q_len for piece in pieces),
+                max_query_len=max(piece.q_len for piece in pieces),
+                max_seq_len=max(piece.kv_len for piece in pieces),
+                query_start_loc=torch.tensor(starts_of(pieces), dtype=starts.dtype, device=device),
+                seq_lens=metadata.seq_lens[index],
+                block_table=metadata.block_table[index],
+            )
+            parts[key] = self.finish_part(layer, part, len(pieces))
+        return parts[key]
+
+    def window(self) -> int | None:
+        """Keys that a row sees, itself among them; None: all."""
+        raise NotImplementedError
+
+    def find_unpack(self, layer: Any, kv_cache: Tensor) -> Unpack | None:
+        """How the cache is read; None: it is not."""
+        raise NotImplementedError
+
+    def why_all_exact(self, metadata: Any) -> str | None:
+        """A reason why nothing in this step runs sparse."""
+        raise NotImplementedError
+
+    def part_key(self) -> tuple[Any, ...]:
+        """What `finish_part` depends on beside the sequences."""
+        return ()
+
+    def finish_part(self, layer: Any, part: Any, sequences: int) -> Any:
+        """The metadata of a part, with what depends on the engine."""
+        raise NotImplementedError
