@@ -57,6 +57,7 @@ class Options:
 
     Attributes:
         budget: of `min_length="auto"`, which then decides on CPU tensors; `min_length` on others.
+        asked_by: what counts calls, for warnings.
         without_backend: devices on which no sparse backend was found.
     """
 
@@ -65,6 +66,7 @@ class Options:
     backend: str
     measure_recall: bool | int
     budget: Budget | None = None
+    asked_by: str = "sparse_patch.report(model)"
     warned: set[str] = field(default_factory=set)
     without_backend: set[torch.device] = field(default_factory=set)
 
@@ -84,8 +86,7 @@ class Options:
         if text is not None:
             self.say_once(
                 reason,
-                f"running exact attention ({reason}): {text}. "
-                "sparse_patch.report(model) counts such calls.",
+                f"running exact attention ({reason}): {text}. {self.asked_by} counts such calls.",
             )
 
     def say_once(self, about: str, text: str) -> None:

@@ -31,12 +31,12 @@ class Packing:
     def unpack(self, blocks: Tensor) -> Tensor:
         """`[..., block, dim]` from what lies in blocks, `[..., block * dim]`; a view if it can."""
         block, dim = self.place.shape
-        token, channel = self._steps
-        if (token, channel) == (dim, 1):
-            return blocks.unflatten(-1, (block, dim))
-        if (token, channel) == (1, block):
-            return blocks.unflatten(-1, (dim, block)).mT
-        return blocks[..., self.place.to(blocks.device).flatten()].unflatten(-1, (block, dim))
+        steps = self._steps
+        if steps == (1, block):
+            return blocks.reshape(*blocks.shape[:-1], dim, block).mT
+        if steps != (dim, 1):
+            blocks = blocks[..., self.place.to(blocks.device).flatten()]
+        return blocks.reshape(*blocks.shape[:-1], block, dim)
 
     @property
     def _steps(self) -> tuple[int, int]:

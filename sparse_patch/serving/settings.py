@@ -125,7 +125,13 @@ class Choice:
 
 def options_of(settings: Settings) -> Options:
     """As a patch's options."""
-    return Options(settings.min_length, settings.min_queries, settings.backend, False)
+    return Options(
+        settings.min_length,
+        settings.min_queries,
+        settings.backend,
+        measure_recall=False,
+        asked_by="sparse_patch.serving.report(llm)",
+    )
 
 
 def _frozen(value: Any) -> Any:

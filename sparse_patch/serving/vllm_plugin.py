@@ -49,7 +49,8 @@ def is_tested() -> bool:
     """Is this vLLM one that the plug-in was tested with?"""
     import vllm
 
-    return vllm.__version__.startswith(tuple(f"{version}." for version in TESTED))
+    here: str = vllm.__version__
+    return here.startswith(tuple(f"{version}." for version in TESTED))
 
 
 def configure(config: Any) -> None:
