@@ -55,11 +55,15 @@ class Settings:
         if isinstance(content, str):
             content = {"method": content}
         if not isinstance(content, Mapping):
-            raise ValueError(f'{KEY}={content!r} must be a method, or {{"method": ..., ...}}')
+            raise ValueError(
+                f'sparse_patch={content!r} must be a method, or {{"method": ..., ...}}'
+            )
         known = [one.name for one in dataclasses.fields(cls)]
         unknown = sorted(map(str, set(content) - set(known)))
         if unknown:
-            raise ValueError(f"{KEY}: does not know {', '.join(unknown)}, only {', '.join(known)}")
+            raise ValueError(
+                f"sparse_patch: does not know {', '.join(unknown)}, only {', '.join(known)}"
+            )
         content = {name: _frozen(value) for name, value in content.items()}
         if isinstance(content.get("profile"), str):
             content["profile"] = Profile.load(content["profile"]).to_dict()
@@ -67,18 +71,24 @@ class Settings:
 
     def __post_init__(self) -> None:
         if (self.method is None) == (self.profile is None):
-            raise ValueError(f'{KEY}: give a "method" or a "profile", and not both')
+            raise ValueError('sparse_patch: give a "method" or a "profile", and not both')
         if self.method is not None and not isinstance(self.method, str):
-            raise ValueError(f"{KEY}: method={self.method!r} must be text: NAME:key=value,...")
+            raise ValueError(
+                f"sparse_patch: method={self.method!r} must be text: NAME:key=value,..."
+            )
         for name in ("min_length", "min_queries"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
-                raise ValueError(f"{KEY}: {name}={value!r} must be a number of tokens from 0")
+                raise ValueError(
+                    f"sparse_patch: {name}={value!r} must be a number of tokens from 0"
+                )
         if self.layers is not None and not _are_numbers(self.layers):
-            raise ValueError(f"{KEY}: layers={self.layers!r} must be a list of indices")
+            raise ValueError(f"sparse_patch: layers={self.layers!r} must be a list of indices")
         dense = self.dense_layers
         if not (dense is None or _is_number(dense) or _are_numbers(dense)):
-            raise ValueError(f"{KEY}: dense_layers={dense!r} must be a number or a list of indices")
+            raise ValueError(
+                f"sparse_patch: dense_layers={dense!r} must be a number or a list of indices"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, and what `read` takes; stands without any file."""
