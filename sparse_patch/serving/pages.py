@@ -8,6 +8,7 @@ read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Packing:
             blocks = blocks[..., self.place.to(blocks.device).flatten()]
         return blocks.reshape(*blocks.shape[:-1], block, dim)
 
-    @property
+    @functools.cached_property
     def _steps(self) -> tuple[int, int]:
         """From a token to the next, and from a channel; 0, 0 where they are not always the same."""
         block, dim = self.place.shape

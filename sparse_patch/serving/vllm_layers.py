@@ -14,7 +14,6 @@ from vllm import envs
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
@@ -29,7 +28,8 @@ from .settings import KEY, Settings
 
 logger = init_logger("vllm.sparse_patch")
 
-# The accounts of the engines in this process, by configuration (which cannot be hashed).
+# The accounts of the engines in this process, by a part of their configurations (which cannot be
+# hashed).
 _accounts: list[tuple[weakref.ref[Any], Account]] = []
 
 # Tokens that the method and the op are tried on when an engine starts.
@@ -47,9 +47,10 @@ def is_asked_for() -> bool:
 
 def account_of(config: Any) -> Account:
     """The account of an engine, opened at the first call."""
+    shared = config.compilation_config  # also by what vLLM derives for a part of the model
     _accounts[:] = [(known, one) for known, one in _accounts if known() is not None]
     for known, account in _accounts:
-        if known() is config:
+        if known() is shared:
             return account
     settings = Settings.read(config.additional_config[KEY])
     shape = shape_of(config.model_config.hf_text_config)
@@ -62,7 +63,7 @@ def account_of(config: Any) -> Account:
             "sparse_patch: %r in %d layers of %d, for prompts from %d tokens on",
             choice.method, len(choice.layers - choice.dense), shape["layers"], settings.min_length,
         )  # fmt: skip
-    _accounts.append((weakref.ref(config), account))
+    _accounts.append((weakref.ref(shared), account))
     return account
 
 
@@ -70,12 +71,13 @@ def layer_of(impl: Any, name: str, account: Account, window: int | None) -> Engi
     """What is known of a layer; None: it is none of those asked for, or no decoder layer.
 
     Args:
-        impl: vLLM's, of the layer of this name.
+        impl: vLLM's, of the layer of this name (`model.layers.7.self_attn.attn`).
         window: keys that a row sees, itself among them; None: all.
     """
     if impl.attn_type != AttentionType.DECODER:
         return None
-    state = account.state(extract_layer_index(name))
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    state = account.state(numbers[0]) if numbers else None
     if state is None:
         return None
     reason = None

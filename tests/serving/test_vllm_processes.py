@@ -155,64 +155,65 @@ def server(model, tmp_path_factory):
         started.stop()
 
 
-@pytest.fixture
-def ask(server):
-    """Ask the server for a completion; one client for each event loop."""
+def ask(server, what):
+    """Run `what(complete)`, where `await complete(prompt, ...)` asks the server."""
     from openai import AsyncOpenAI
 
-    def of(prompt, **options):
-        client = AsyncOpenAI(
-            base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=WAIT
-        )
-        options = {"max_tokens": 8, "temperature": 0, **options}
-        return client.completions.create(model="tiny", prompt=prompt, **options)
+    async def run():
+        address = f"http://127.0.0.1:{server.port}/v1"
+        async with AsyncOpenAI(base_url=address, api_key="none", timeout=WAIT) as client:
 
-    return of
+            async def complete(prompt, **options):
+                options = {"max_tokens": 8, "temperature": 0, **options}
+                return await client.completions.create(model="tiny", prompt=prompt, **options)
+
+            return await what(complete)
+
+    return asyncio.run(run())
 
 
-def test_many_at_once_are_answered_as_each_alone(server, ask):
+def test_many_at_once_are_answered_as_each_alone(server):
     """Eight at once, of which one streams; another is broken off, and one does not fit."""
+    from openai import BadRequestError
+
     asked = [one["prompt_token_ids"] for one in prompts(*LENGTHS)]
 
-    async def streamed(prompt):
-        parts = [part.choices[0].text async for part in await ask(prompt, stream=True)]
-        assert len(parts) > 1
-        return "".join(parts)
+    async def all_of_them(complete):
+        async def streamed(prompt):
+            stream = await complete(prompt, stream=True)
+            parts = [part.choices[0].text async for part in stream]
+            assert len(parts) > 1
+            return "".join(parts)
 
-    async def whole(prompt):
-        return (await ask(prompt)).choices[0].text
+        async def whole(prompt):
+            return (await complete(prompt)).choices[0].text
 
-    async def broken_off(prompt):
-        stream = await ask(prompt, stream=True, max_tokens=150)
-        async for _ in stream:
-            break
-        await stream.close()
+        async def broken_off(prompt):
+            async with await complete(prompt, stream=True, max_tokens=150) as stream:
+                await anext(aiter(stream))
 
-    async def too_long(prompt):
-        from openai import BadRequestError
+        async def too_long(prompt):
+            with pytest.raises(BadRequestError, match="512"):
+                await complete(prompt * 2)
 
-        with pytest.raises(BadRequestError, match="512"):
-            await ask(prompt * 2)
-
-    async def at_once():
         answers = [streamed(asked[0]), *map(whole, asked[1:])]
         others = [broken_off(asked[1]), too_long(asked[0])]
-        return (await asyncio.gather(*answers, *others))[: len(asked)]
+        together = (await asyncio.gather(*answers, *others))[: len(asked)]
+        return together, [await whole(prompt) for prompt in asked]
 
-    together = asyncio.run(at_once())
-    alone = [asyncio.run(whole(prompt)) for prompt in asked]
+    together, alone = ask(server, all_of_them)
     assert together == alone
     assert all(len(text.split()) == 8 for text in alone)
     server.get("/health")
 
 
-def test_the_log_and_the_metrics_say_that_it_is_on(server, ask):
+def test_the_log_and_the_metrics_say_that_it_is_on(server):
     prompt = prompts(300)[0]["prompt_token_ids"]
     counted = re.compile(r"^sparse_patch:sparse_calls_total.* ([0-9.]+)$", re.MULTILINE)
     end = time.monotonic() + WAIT
     found = None
     while found is None and time.monotonic() < end:
-        asyncio.run(_once(ask(prompt)))
+        ask(server, lambda complete: complete(prompt))
         time.sleep(1.5)
         found = counted.search(server.get("/metrics"))
     said = server.said()
@@ -220,7 +221,3 @@ def test_the_log_and_the_metrics_say_that_it_is_on(server, ask):
     assert float(found[1]) > 0
     assert "in 4 layers of 4, for prompts from 64 tokens on" in said
     assert re.search(r"sparse_patch, since the last line: \d+ sparse calls, density 0\.", said)
-
-
-async def _once(answer):
-    return await answer
