@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from ..profiles import shape_of
+from ..targets import NATIVE_SPARSE
 from .settings import KEY, VARIABLE, Settings
 
 # vLLM's interfaces move: versions whose tests passed.
@@ -96,15 +97,15 @@ def refuse_engine(config: Any) -> None:
         )
     if not isinstance(config.additional_config, dict):
         raise ValueError("sparse_patch: additional_config must be a dictionary here")
-    if model.use_mla or hasattr(model.hf_text_config, "index_topk"):
+    kind = model.hf_text_config.model_type
+    selects = kind in NATIVE_SPARSE or model.hf_config.model_type in NATIVE_SPARSE
+    if model.use_mla or selects or hasattr(model.hf_text_config, "index_topk"):
         raise ValueError(
-            f"sparse_patch: {model.hf_text_config.model_type} keeps its keys compressed (MLA) or "
+            f"sparse_patch: {kind} keeps its keys compressed (MLA) or "
             "selects keys itself; it runs with vLLM's own attention only"
         )
     if model.is_attention_free:
-        raise ValueError(
-            f"sparse_patch: {model.hf_text_config.model_type} has no attention layer to make sparse"
-        )
+        raise ValueError(f"sparse_patch: {kind} has no attention layer to make sparse")
     if model.runner_type != "generate":
         raise ValueError("sparse_patch: made for generation; this model is to pool or embed")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):

@@ -165,6 +165,7 @@ def ask(server, what):
 
             async def complete(prompt, **options):
                 options = {"max_tokens": 8, "temperature": 0, **options}
+                options["extra_body"] = {"ignore_eos": True}
                 return await client.completions.create(model="tiny", prompt=prompt, **options)
 
             return await what(complete)
