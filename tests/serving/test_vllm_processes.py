@@ -52,7 +52,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w5"))
     words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w5").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return save("llama", folder)
 
 
