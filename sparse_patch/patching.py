@@ -128,10 +128,10 @@ def patch(
         chosen = _as_method(RECOMMENDED if method is None else method, params)
     else:
         chosen = _of_profile(profile, method, params, text_config(root))
-    _refuse_split_heads(root, chosen)
+    refuse_split_heads(chosen, getattr(root, "tp_size", None) or 1)
     if dense_layers is None:
         dense_layers = getattr(chosen, "dense_layers", 0)
-    patched, dense = _select_layers([layer for layer, _ in modules], layers, dense_layers)
+    patched, dense = select_layers([layer for layer, _ in modules], layers, dense_layers)
     _check_lengths(min_length, min_queries, costs)
     if measure_recall < 0:
         raise ValueError(f"measure_recall={measure_recall} must be true, false or a number of rows")
@@ -149,7 +149,10 @@ def patch(
     if costs is None and any(options.budget_on(device) is not None for device in devices):
         of_this_machine(root.dtype)  # now rather than in the first prefill
     states = [
-        (module, LayerState(layer, None if layer in dense else _of_layer(chosen, layer), options))
+        (
+            module,
+            LayerState(layer, None if layer in dense else of_layer(chosen, layer), options),
+        )
         for layer, module in modules
         if layer in patched
     ]
@@ -285,7 +288,7 @@ def _of_profile(
     return Auto(profile=loaded)
 
 
-def _as_method(method: str | Method | None, params: dict[str, Any]) -> Method:
+def _as_method(method: str | Method, params: dict[str, Any]) -> Method:
     if method == "auto":
         raise ValueError(
             "method='auto' needs a profile= that `sparse-patch tune` wrote for this model; leave "
@@ -302,16 +305,16 @@ def _as_method(method: str | Method | None, params: dict[str, Any]) -> Method:
     return method
 
 
-def _refuse_split_heads(root: PreTrainedModel, method: Method) -> None:
-    """Head 0 of a process is head 0 of the model in the first process only."""
+def refuse_split_heads(method: Method, processes: int) -> None:
+    """Raise a ValueError where a method needs all heads, and these processes share them: head 0
+    of a process is head 0 of the model in the first process only."""
     names = method.needs_all_heads() if isinstance(method, Method) else []
-    processes = getattr(root, "tp_size", None) or 1
     if names and processes > 1:
         raise ValueError(
             f"{type(method).__name__}: {', '.join(names)} refers to all heads of the model, but "
             f"this model's heads are split over {processes} processes (tensor parallel), where it "
             "would apply to the wrong heads. Give one value for all heads, leave it at its "
-            "default, or load the model without tp_plan."
+            "default, or load the model without tp_plan (in one process)."
         )
 
 
@@ -327,12 +330,12 @@ def _check_lengths(min_length: Any, min_queries: int, costs: Any) -> None:
         )
 
 
-def _of_layer(method: Method, layer: int) -> Method:
+def of_layer(method: Method, layer: int) -> Method:
     """A method of another package need not be a `Method`; then it is the same on every layer."""
     return method.for_layer(layer) if isinstance(method, Method) else method
 
 
-def _select_layers(
+def select_layers(
     known: list[int], layers: Iterable[int] | None, dense_layers: int | Iterable[int]
 ) -> tuple[set[int], set[int]]:
     """The layers to patch, and the layers to keep dense."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -100,6 +100,11 @@ class Report:
                 weighted.append((value, layer.decode_calls if decode else prefill_calls))
         calls = sum(weight for _, weight in weighted)
         return sum(value * weight for value, weight in weighted) / calls if calls else None
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Report:
+        """The inverse of `to_dict`."""
+        return cls(content["method"], tuple(LayerReport(**layer) for layer in content["layers"]))
 
     def to_dict(self) -> dict[str, Any]:
         return {

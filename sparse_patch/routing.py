@@ -36,6 +36,10 @@ REASONS: dict[str, str | None] = {
     "sinks by query": "this model has attention sinks that depend on the query",
     "not causal": "this layer attends to the future",
     "dropout": "attention dropout is on",
+    "cache": (
+        "an engine's cache holds keys in a form that is not read back (quantized, or an unknown "
+        "packing), which a later chunk, or a prompt whose beginning is cached, would need"
+    ),
     "non-finite": "q or k holds NaN or infinity; the model or its input is broken",
     "no backend": (
         "no sparse backend runs on this device; a GPU on Linux needs sparse-patch[triton] installed"
@@ -57,6 +61,7 @@ class Options:
 
     Attributes:
         budget: with `min_length="auto"`; it decides on CPU tensors, `least_keys` on others.
+        asked_by: what counts calls, for warnings.
         measured: for each kind of call, the number of keys from which sparse attention pays.
         without_backend: devices on which no sparse backend was found.
     """
@@ -66,6 +71,7 @@ class Options:
     backend: str
     measure_recall: bool | int
     budget: Budget | None = None
+    asked_by: str = "sparse_patch.report(model)"
     measured: dict[Kind, int] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
     without_backend: set[torch.device] = field(default_factory=set)
@@ -108,8 +114,7 @@ class Options:
         if text is not None:
             self.say_once(
                 reason,
-                f"running exact attention ({reason}): {text}. "
-                "sparse_patch.report(model) counts such calls.",
+                f"running exact attention ({reason}): {text}. {self.asked_by} counts such calls.",
             )
 
     def say_once(self, key: str, text: str) -> None:
