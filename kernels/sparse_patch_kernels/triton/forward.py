@@ -584,9 +584,9 @@ def configs(
     # Wide tiles share the overhead of a step between more keys; more stages hide more latency.
     # 4 warps spill at 128 rows.
     tries = [(64, warps, 3), (32, warps, 3), (64, warps, 2), (32, warps, 2), (16, warps, 1)]
-    if chip.arch == 90 and any(n < 64 for n in units):
+    if chip.arch == 90 and rows >= 64 and any(n < 64 for n in units):
         # Runs are gathered: with a third stage, ptxas 12.8 lets no product of a warp group overlap
-        # another (C7515).
+        # another (C7515). Tiles of fewer rows have no such products, and spill with two stages.
         tries = [(64, warps, 2), (32, warps, 3), (32, warps, 2), (16, warps, 1)]
     elif chip.arch == 90 and rows == 128 and columns <= 256 and len(units) < 2:
         # Two thirds of the instructions a key that 64 take; on other chips 128 keys spill.
