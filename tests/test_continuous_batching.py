@@ -336,7 +336,7 @@ def test_a_copy_batches_by_itself(llama):
 def test_names_that_another_has_changed_are_left_alone(llama):
     with sparse_patch.patch(llama, "flexprefill", **METHODS["flexprefill"]) as handle:
         llama.set_attn_implementation("sdpa")
-        with pytest.warns(SparsePatchWarning, match="did not ask for attention"):
+        with pytest.warns(SparsePatchWarning, match="did not call our attention"):
             batched(llama, PROMPTS)
         assert handle.report().sparse_calls == 0
         assert llama.config._attn_implementation == "sdpa"

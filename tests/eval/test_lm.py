@@ -97,7 +97,7 @@ def test_the_spelling_survives_lm_evals_parsers(split):
         ({"patch_layers": "first"}, "patch_layers='first' must be"),
         ({"continuation": "both"}, "continuation='both' must be one of"),
         ({"softmax_dtype": "bfloat16"}, "softmax_dtype"),
-        ({"pretrained": "/nowhere.gguf", "tp_plan": "auto"}, "tp_plan: not with"),
+        ({"pretrained": "/nowhere.gguf", "tp_plan": "auto"}, "tp_plan cannot be used with"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_loaded(options, message):
