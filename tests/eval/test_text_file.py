@@ -223,7 +223,7 @@ def test_a_text_too_short_for_one_sample_is_not_helped_by_a_smaller_limit(tmp_pa
         *("--limit", limit, "--model", "./no/such/model"),
     )
     assert f"the text '{tmp_path / 'short'}' is too short for a prompt of 2048 tokens" in said
-    assert "12,000 characters of the 12,288" in said
+    assert "12,000 characters, and 12,288 are needed" in said
     assert "--limit" not in said
 
 
