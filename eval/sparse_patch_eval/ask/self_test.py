@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from sparse_patch_kernels import BlockPlan, block_sparse_attention, choose_backend
@@ -44,9 +46,9 @@ def self_test(devices: list[str]) -> Iterator[Check]:
         for dtype in _TOLERANCES:
             yield _check(
                 f"{device}: op in {str(dtype).removeprefix('torch.')}",
-                lambda device=device, dtype=dtype: _op_error(device, dtype),
+                partial(_op_error, device, dtype),
             )
-        yield _check(f"{device}: patched model", lambda device=device: _patched(device))
+        yield _check(f"{device}: patched model", partial(_patched, device))
 
 
 def _check(name: str, run: Callable[[], tuple[bool, str]]) -> Check:
@@ -71,8 +73,8 @@ def _op_error(device: str, dtype: torch.dtype) -> tuple[bool, str]:
     )
     backend = choose_backend("auto", torch.device(device))
     got = block_sparse_attention(q, k, v, plan, backend=backend)
-    exact = [x.to(torch.float64) for x in (q, k, v)]
-    want = block_sparse_attention(*exact, plan, backend="reference")
+    q, k, v = (x.to(torch.float64) for x in (q, k, v))
+    want = block_sparse_attention(q, k, v, plan, backend="reference")
     error = float((got.to(torch.float64) - want).abs().max())
     most = _TOLERANCES[dtype]
     return error <= most, f"backend {backend}, largest error {error:.1e} (at most {most:.0e})"
@@ -83,7 +85,7 @@ def _patched(device: str) -> tuple[bool, str]:
     model = _tiny_model().to(device)
     ids = torch.randint(0, 128, (1, _PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
     before = model(ids).logits
-    options = {"min_length": 0, "min_queries": 0}
+    options: dict[str, Any] = {"min_length": 0, "min_queries": 0}
     with sparse_patch.patch(model, "dense", **options) as handle:
         kept = _difference(model(ids).logits, before)
     with sparse_patch.patch(model, sparse_patch.RECOMMENDED, **options) as recommended:
