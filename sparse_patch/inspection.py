@@ -24,6 +24,7 @@ from .call import Call
 from .layer import LayerState, Run
 from .patching import latest_method, patch
 from .registry import Method
+from .targets import Pipeline, module_of
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Inspection:
 
 
 def inspect(
-    model: nn.Module,
+    model: nn.Module | Pipeline,
     inputs: Tensor | Mapping[str, Tensor],
     method: str | Method | None = None,
     *,
@@ -233,6 +234,7 @@ def inspect(
     if mask is not None and not bool((mask != 0).all()):
         raise ValueError("inspect: this sequence is padded; give it without its padding")
     chosen = latest_method(model) if method is None else method
+    model = module_of(model)
     observer = _LayerObserver(ids.shape[1], rows, resolution, on_layer)
     with torch.inference_mode():
         with patch(model, "dense", min_length=0):

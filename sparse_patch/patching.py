@@ -9,6 +9,7 @@ patched.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,10 +41,11 @@ from .forwards import hook_decoder, hook_steps
 from .layer import LayerState, Observer
 from .masks import mask_function
 from .profiles import Auto, Profile, shape_of
-from .registry import RECOMMENDED, Method, get_method
+from .registry import RECOMMENDED, Method, brief, get_method
 from .reporting import Report, make_report
 from .routing import Options
 from .targets import (
+    Pipeline,
     attention_modules,
     computing_devices,
     decoder_of,
@@ -57,7 +59,7 @@ DEFAULT_MIN_LENGTH = 1024
 
 
 def patch(
-    model: nn.Module,
+    model: nn.Module | Pipeline,
     method: str | Method | None = None,
     *,
     profile: Profile | str | Path | None = None,
@@ -80,8 +82,8 @@ def patch(
     all heads (the one list of `dhsa` and `infinite_hip`) is then shared among those.
 
     Args:
-        model: a Transformers decoder model, or a wrapper that holds one. Of a vision-language model
-            only the text decoder is patched.
+        model: a Transformers decoder model, or what holds one: a wrapper, or a pipeline. Of a
+            vision-language model only the text decoder is patched.
         method: a name from `list_methods()`, also with parameters as on the command line
             (`"strided:preset=fine"`), or a method object. Default: the one we recommend,
             `sparse_patch.RECOMMENDED`. With a profile: "auto" or None.
@@ -161,7 +163,7 @@ def patch(
     return handle
 
 
-def unpatch(model: nn.Module) -> None:
+def unpatch(model: nn.Module | Pipeline) -> None:
     """Remove every patch of `model` and restore it exactly; an unpatched model is left alone.
 
     A model and its decoder (`model.model`) count as one: unpatching either removes all patches.
@@ -170,7 +172,7 @@ def unpatch(model: nn.Module) -> None:
         handle.remove()
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module | Pipeline) -> Report:
     """Calls, density and recall of the latest patch of `model` so far, per layer.
 
     Raises:
@@ -182,7 +184,7 @@ def report(model: nn.Module) -> Report:
     return patches[-1].report()
 
 
-def latest_method(model: nn.Module) -> Method:
+def latest_method(model: nn.Module | Pipeline) -> Method:
     """The method of the latest patch of `model`.
 
     Raises:
@@ -196,15 +198,29 @@ def latest_method(model: nn.Module) -> Method:
     return patches[-1].method
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Patch:
     """An active patch: a handle, and a context manager that removes it on exit."""
 
     model: PreTrainedModel
     method: Method
     _states: list[tuple[nn.Module, LayerState]]
-    _names: list[tuple[PreTrainedConfig, str | None]] = field(default_factory=list, repr=False)
-    _hooks: list[Any] = field(default_factory=list, repr=False)
+    _names: list[tuple[PreTrainedConfig, str | None]] = field(default_factory=list)
+    _hooks: list[Any] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        layers = sum(state.method is not None for _, state in self._states)
+        name = type(self.model).__name__
+        state = "active" if self._is_active() else "removed"
+        return f"<Patch of {name}, {state}: {brief(self.method)} in {layers} layers>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: itself, and the report."""
+        return f"<p>{html.escape(repr(self))}</p>{self.report()._repr_html_()}"
+
+    def _is_active(self) -> bool:
+        book = book_of(decoder_of(self.model))
+        return book is not None and self in book.patches
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -212,7 +228,7 @@ class Patch:
 
     def report(self) -> Report:
         """Calls, density and recall so far, per layer. Still available after `remove()`."""
-        return make_report(repr(self.method), (state for _, state in self._states))
+        return make_report(self.method, (state for _, state in self._states))
 
     def observe(self, observer: Observer | None) -> None:
         """Call `observer` with each sparse prefill result; it returns the output to go on with."""
@@ -266,7 +282,7 @@ class Patch:
         self.remove()
 
 
-def _patches(model: nn.Module) -> list[Patch]:
+def _patches(model: nn.Module | Pipeline) -> list[Patch]:
     """The active patches of a model, oldest first."""
     book = book_of(decoder_of(transformers_model(model)))
     return [] if book is None else list(book.patches)

@@ -355,6 +355,22 @@ def get_method(name: str, /, *, preset: str | None = None, **params: Any) -> Met
     return method
 
 
+def brief(method: Any) -> str:
+    """A method with the parameters that differ from its defaults, long values cut."""
+    if not dataclasses.is_dataclass(method):
+        return _cut(repr(method))
+    shown = (
+        f"{field.name}={_cut(repr(getattr(method, field.name)))}"
+        for field in dataclasses.fields(method)
+        if field.repr and getattr(method, field.name) != field.default
+    )
+    return f"{type(method).__name__}({', '.join(shown)})"
+
+
+def _cut(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a method: its default, its allowed values in words, its meaning."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .layer import LayerState
+from .registry import brief
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,19 @@ class LayerReport:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """`print(report)` shows a table; `to_dict()` is JSON-ready."""
+    """`print(report)` shows a table, and so does a notebook; `to_dict()` is JSON-ready.
+
+    Attributes:
+        method: its repr, with all parameters.
+        layers: every patched layer.
+        brief: the method with the parameters that are not its defaults.
+    """
 
     method: str
     layers: tuple[LayerReport, ...]
+    brief: str = ""
 
     @property
     def calls(self) -> int:
@@ -119,32 +128,71 @@ class Report:
             "layers": [asdict(layer) for layer in self.layers],
         }
 
+    def __repr__(self) -> str:
+        parts = [f"{self.sparse_calls} of {self.calls} calls sparse"]
+        if self.density is not None:
+            parts.append(f"density {self.density:.3f}")
+        if self.recall is not None:
+            parts.append(f"recall {self.recall:.3f}")
+        parts += [f"{count} exact ({reason})" for reason, count in self.exact.items()]
+        name = self.brief or self.method
+        return f"<Report of {name}, {len(self.layers)} layers: {', '.join(parts)}>"
+
     def __str__(self) -> str:
-        lines = [
-            self.method,
-            f"{'layer':>5} {'calls':>6} {'sparse':>6} {'density':>7} {'recall':>7}  exact",
-        ]
-        total = LayerReport(
+        widths = (5, 6, 6, 7, 7)
+        lines = [self.brief or self.method]
+        for *cells, exact in (_COLUMNS, *self._table()):
+            row = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+            lines.append(f"{row}  {exact}")
+        return "\n".join(line.rstrip() for line in [*lines, *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: one row for all layers, and the layers folded away."""
+        *layers, together = self._table()
+        head = _html_row("th", _COLUMNS)
+        remarks = "".join(f"<p>{html.escape(line)}</p>" for line in self._remarks())
+        return (
+            f"<p><code>{html.escape(self.brief or self.method)}</code></p>"
+            f"<table>{head}{_html_row('td', together)}</table>{remarks}"
+            f"<details><summary>{len(layers)} layers</summary>"
+            f"<table>{head}{''.join(_html_row('td', layer) for layer in layers)}</table></details>"
+        )
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """A row per layer and one for all of them, by `_COLUMNS`."""
+        together = LayerReport(
             -1, self.calls, self.sparse_calls, self.density, self.recall, self.exact
         )
-        for layer in (*self.layers, total):
-            name = "all" if layer is total else str(layer.layer)
-            reasons = ", ".join(f"{why} {n}" for why, n in layer.exact.items())
-            lines.append(
-                f"{name:>5} {layer.calls:>6} {layer.sparse_calls:>6} "
-                f"{_share(layer.density):>7} {_share(layer.recall):>7}  {reasons}"
+        return [
+            (
+                "all" if layer is together else str(layer.layer),
+                str(layer.calls),
+                str(layer.sparse_calls),
+                _share(layer.density),
+                _share(layer.recall),
+                ", ".join(f"{why} {n}" for why, n in layer.exact.items()),
             )
-        if self.decode_calls:
-            lines.append(
-                f"{self.decode_calls} of the sparse calls are decode steps, "
-                f"density {_share(self.decode_density)}"
-            )
-        return "\n".join(line.rstrip() for line in lines)
+            for layer in (*self.layers, together)
+        ]
+
+    def _remarks(self) -> list[str]:
+        if not self.decode_calls:
+            return []
+        density = _share(self.decode_density)
+        return [f"{self.decode_calls} of the sparse calls are decode steps, density {density}"]
+
+
+_COLUMNS = ("layer", "calls", "sparse", "density", "recall", "exact")
+
+
+def _html_row(tag: str, cells: Iterable[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def make_report(method: str, states: Iterable[LayerState]) -> Report:
-    return Report(method, tuple(LayerReport.of(state) for state in states))
+def make_report(method: Any, states: Iterable[LayerState]) -> Report:
+    layers = tuple(LayerReport.of(state) for state in states)
+    return Report(repr(method), layers, brief(method))

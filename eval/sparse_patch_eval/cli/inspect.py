@@ -55,6 +55,7 @@ def inspect(
     with user_errors():
         import sparse_patch
         from sparse_patch import get_method
+        from sparse_patch_eval.base.early import check_device, check_output, require
         from sparse_patch_eval.base.machine import machine
         from sparse_patch_eval.base.options import choose_layers, parse_layers, parse_length
         from sparse_patch_eval.base.text_file import read_text
@@ -62,8 +63,11 @@ def inspect(
         from sparse_patch_eval.inputs.text import long_text, passkey_prompt
         from sparse_patch_eval.report.inspect_page import page
 
+        require("a page of maps", "jinja2", "matplotlib", extra="eval")
         chosen, selection, tokens = get_method(method), parse_layers(layers), parse_length(length)
         words = long_text(text) if prompt is None else read_text(prompt, "--prompt")
+        check_device(device)
+        check_output(output)
         lm, tokenizer = load(model, dtype=dtype, device=device)
         if prompt is None:
             ids = passkey_prompt(tokenizer, tokens, text=words, seed=seed).input_ids

@@ -29,12 +29,15 @@ def report(
     """
     with user_errors():
         # Imported here, so that the other commands work without the packages of a report.
+        from sparse_patch_eval.base.early import check_output, require
         from sparse_patch_eval.report.comparison import compare_section
         from sparse_patch_eval.report.page import page
         from sparse_patch_eval.report.sections import sections
         from sparse_patch_eval.report.text import markdown, write_samples, write_summary
         from sparse_patch_eval.runs.reading import find_runs
 
+        require("a report", "jinja2", "matplotlib", "scipy", extra="eval")
+        check_output(output)
         loaded = find_runs(runs)
         parts = sections(loaded)
         rows = [row for part in parts for row in compare_section(part)]

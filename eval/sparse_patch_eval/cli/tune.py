@@ -25,7 +25,7 @@ METHODS = [RECOMMENDED, "xattention", "proxyattn", "flexprefill"]
 def tune(
     output: Annotated[
         Path, typer.Option(help="Folder for profile.json, tune.md and measured.jsonl.")
-    ],
+    ] = Path("tuned"),
     target: Annotated[
         str, typer.Option(help="Minimum `recall=0.95`, maximum `kl=0.01`, or minimum `speedup=2`.")
     ] = "recall=0.95",
@@ -75,6 +75,7 @@ def tune(
         from sparse_patch.profiles import shape_of
         from sparse_patch.spelling import split_method
         from sparse_patch_eval.ask.kl import kl_rows
+        from sparse_patch_eval.base.early import check_output
         from sparse_patch_eval.base.machine import machine
         from sparse_patch_eval.base.options import parse_length
         from sparse_patch_eval.base.rows import RowFile
@@ -91,15 +92,16 @@ def tune(
         prose = {text: long_text(text)}
         if held_out_text:
             prose[held_out_text] = long_text(held_out_text, option="--held-out-text")
+        check_output(output)
         lm, tokenizer = load(model, dtype=dtype, device="cpu")
         check_context(lm.config, tokens, "--length")
         shape = shape_of(lm.config.get_text_config())
         setup = {"model": model, "dtype": dtype, "length": tokens, "rows": rows}
-        file = RowFile(output / "measured.jsonl", setup)
         ids = [
             passkey_prompt(tokenizer, tokens, text=prose[name], seed=seed + i).input_ids
             for i, name in enumerate(texts)
         ]
+        file = RowFile(output / "measured.jsonl", setup)
         with progress() as bar:
             task = bar.add_task("layers", total=shape["layers"] * len(ids))
             for i, (name, prompt) in enumerate(zip(texts, ids, strict=True)):

@@ -73,6 +73,7 @@ def evaluate(
         ValueError: a method, task or length does not fit; raised before any prefill.
     """
     methods = setup.parsed()
+    units = build_units(lm)  # first: a run that is refused leaves no folder
     runs = {
         spec: RunFolder(
             output,
@@ -90,7 +91,6 @@ def evaluate(
         )
         for spec, method in methods.items()
     }
-    units = build_units(lm)
     todo = _todo(units, runs, lm.rank, lm.world_size)
     if todo:
         _ask(setup, methods, runs, lm, todo)

@@ -28,7 +28,15 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-__all__ = ["build", "cache_folder", "load", "only_ours", "private_folder"]
+__all__ = [
+    "NoCompiler",
+    "build",
+    "cache_folder",
+    "compiler",
+    "load",
+    "only_ours",
+    "private_folder",
+]
 
 SOURCES = Path(__file__).parent / "src"
 NAMES = ("attention", "lists", "selection")
@@ -75,6 +83,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SPARSE_PATCH_CACHE") or "~/.cache/sparse-patch").expanduser()
 
 
+def compiler() -> list[str] | None:
+    """The command of the C++ compiler: `$CXX`, else the first on PATH; None: there is none."""
+    command = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
+    return None if command is None else shlex.split(command)
+
+
 def build(name: str) -> Path:
     """`src/<name>.cpp` as a shared library, from the cache or compiled into it.
 
@@ -82,10 +96,10 @@ def build(name: str) -> Path:
         NoCompiler: no compiler is there, or it fails.
         OSError: the cache folder cannot be written, or is another user's.
     """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
-    if compiler is None:
+    cxx = compiler()
+    if cxx is None:
         raise NoCompiler(f"no {', '.join(_COMPILERS)} on PATH")
-    command = [*shlex.split(compiler), *_FLAGS]
+    command = [*cxx, *_FLAGS]
     source = SOURCES / f"{name}.cpp"
     library = cache_folder() / "kernels" / f"{name}-{_fingerprint(source, command)}.so"
     private_folder(library.parent)
