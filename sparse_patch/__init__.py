@@ -8,6 +8,7 @@ Public beside the names here is what these modules list in `__all__` or register
     methods.*     the class of a method
     block_scorer  the base of methods that give blocks a score
     profiles      what a profile is made of
+    serving       the same inside engines: what vLLM's plug-in did
     spelling      a method with its parameters as text
     strict_json   files of unknown origin, read as data
 """

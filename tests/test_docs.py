@@ -16,7 +16,7 @@ import sparse_patch_kernels
 import torch
 
 import sparse_patch
-from sparse_patch import block_scorer, profiles, registry, spelling, strict_json
+from sparse_patch import block_scorer, profiles, registry, serving, spelling, strict_json
 from tests.zoo import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +114,8 @@ def test_the_readme_is_the_first_page_of_the_site():
 
 def test_the_api_page_has_every_public_name():
     shown = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.M)
-    parts = [sparse_patch, sparse_patch_kernels, block_scorer, profiles, spelling, strict_json]
+    modules = [block_scorer, profiles, serving, spelling, strict_json]
+    parts = [sparse_patch, sparse_patch_kernels, *modules]
     public = {name for part in parts for name in part.__all__} - {"__version__", "BACKENDS"}
     assert {name.rpartition(".")[2] for name in shown} == public
     assert len(shown) == len(set(shown))

@@ -118,7 +118,9 @@ def test_a_text_without_room_for_the_prompts_is_named(tiny, walks):
 @pytest.mark.parametrize(("held_back", "least"), [(False, "6,000"), (True, "24,000")])
 def test_a_text_without_room_for_one_prompt_says_what_one_takes(tiny, walks, held_back, least):
     options = {"texts": {"a": walks[:5999]}, "scored": 50, "held_back": held_back}
-    with pytest.raises(ValueError, match=rf"'a' is too short .* 5,999 characters, and {least} are needed"):
+    with pytest.raises(
+        ValueError, match=rf"'a' is too short .* 5,999 characters, and {least} are needed"
+    ):
         needle_prompts(tiny[1], 1000, 3, **options)
     options["texts"] = {"a": walks[: int(least.replace(",", ""))]}
     assert len(needle_prompts(tiny[1], 1000, 1, **options)) == 1

