@@ -67,7 +67,7 @@ def test_an_output_folder_that_is_a_file(refused, command, folder):
 
 
 @NO_GPU
-@pytest.mark.parametrize("command", ["demo", "inspect", "eval"])
+@pytest.mark.parametrize("command", WORKING)
 def test_a_device_that_is_not_there(refused, command):
     said = refused(command, "--device", "cuda")
     assert "error: --device 'cuda' is not to be had here" in said

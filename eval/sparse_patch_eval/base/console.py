@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 __all__ = ["console", "fail", "note", "progress", "user_errors"]
@@ -20,7 +21,7 @@ __all__ = ["console", "fail", "note", "progress", "user_errors"]
 _CONTROL = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
 )
-console = Console(width=160)
+console = Console()
 _errors = Console(stderr=True)
 
 
@@ -61,9 +62,12 @@ def user_errors() -> Iterator[None]:
 def progress(*, disable: bool = False) -> Progress:
     """A bar with elapsed and remaining time; disabled where another process shows it."""
     # Few refreshes: drawing competes with the prefill for the same cores.
+    text = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # the rest of the line's width
     columns = (
-        TextColumn("{task.description}", style="progress.description", markup=False),
+        TextColumn(
+            "{task.description}", style="progress.description", markup=False, table_column=text
+        ),
         *Progress.get_default_columns()[1:],
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=_errors, refresh_per_second=1, disable=disable)
+    return Progress(*columns, console=_errors, refresh_per_second=1, disable=disable, expand=True)

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markdown import Markdown
 from rich.table import Table
 
 from sparse_patch import RECOMMENDED
 from sparse_patch.spelling import join_list, literal, split_list, split_method
-from sparse_patch_eval.base.console import console, fail, note, plain, user_errors, visible
+from sparse_patch_eval.base.console import console, note, plain, user_errors
 from sparse_patch_eval.base.options import leaves_folder, parse_lengths
 from sparse_patch_eval.base.text_file import read_text
 
@@ -235,15 +234,18 @@ def evaluate(
 
 
 def _show(folders: list[Path], output: Path) -> None:
-    """The table of these runs, on the terminal and as table.md."""
+    """The main numbers of these runs on the terminal, and all of them as table.md."""
     from sparse_patch_eval.report.comparison import comparison_table
+    from sparse_patch_eval.report.terminal import tables
     from sparse_patch_eval.report.text import markdown
     from sparse_patch_eval.runs.reading import find_runs
 
-    table = markdown(comparison_table(find_runs(folders)))
-    (output / "table.md").write_text(table, encoding="utf-8")
-    console.print(Markdown(visible(table)))
-    note(f"wrote {output / 'table.md'}; a page: sparse-patch report {output}")
+    rows = comparison_table(find_runs(folders))
+    (output / "table.md").write_text(markdown(rows), encoding="utf-8")
+    for table in tables(rows):
+        console.print(table)
+    note(f"all scores, and how to read them: {output / 'table.md'}")
+    note(f"a page with figures and answers: sparse-patch report {output}")
 
 
 def _pairs(flag: str, pairs: list[str] | None) -> dict[str, Any]:
@@ -263,10 +265,8 @@ def _pairs(flag: str, pairs: list[str] | None) -> dict[str, Any]:
 
 def list_tasks() -> None:
     """List the tasks of `sparse-patch eval --tasks`."""
-    try:
-        from sparse_patch_eval.runs.wanted import described
-    except ImportError:
-        fail(_NEEDS)
+    from sparse_patch_eval.runs.known import described
+
     table = Table(box=None, show_edge=False)
     for column in ("task", "from", "lengths", "description"):
         table.add_column(column, overflow="fold")

@@ -59,6 +59,7 @@ def tune(
         int, typer.Option(min=1, help="Approximate number of query rows judged per head.")
     ] = 256,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of the first prompt.")] = 0,
 ) -> None:
     """Find which method each head should run to meet a target, and write a profile of it.
@@ -66,7 +67,7 @@ def tune(
     Measures every setting of every method on every head, chooses for each head the setting with the
     least density at a common price of lost attention, and varies the price until the target is met.
     Held-out prompts then show whether it holds. `sparse_patch.patch(model, profile=...)` loads the
-    profile. Runs on the CPU; a stopped run resumes.
+    profile. A stopped run resumes.
     """
     with user_errors():
         import torch
@@ -75,7 +76,7 @@ def tune(
         from sparse_patch.profiles import shape_of
         from sparse_patch.spelling import split_method
         from sparse_patch_eval.ask.kl import kl_rows
-        from sparse_patch_eval.base.early import check_output
+        from sparse_patch_eval.base.early import check_device, check_output
         from sparse_patch_eval.base.machine import machine
         from sparse_patch_eval.base.options import parse_length
         from sparse_patch_eval.base.rows import RowFile
@@ -92,13 +93,14 @@ def tune(
         prose = {text: long_text(text)}
         if held_out_text:
             prose[held_out_text] = long_text(held_out_text, option="--held-out-text")
+        check_device(device)
         check_output(output)
-        lm, tokenizer = load(model, dtype=dtype, device="cpu")
+        lm, tokenizer = load(model, dtype=dtype, device=device)
         check_context(lm.config, tokens, "--length")
         shape = shape_of(lm.config.get_text_config())
-        setup = {"model": model, "dtype": dtype, "length": tokens, "rows": rows}
+        setup = {"model": model, "dtype": dtype, "device": device, "length": tokens, "rows": rows}
         ids = [
-            passkey_prompt(tokenizer, tokens, text=prose[name], seed=seed + i).input_ids
+            passkey_prompt(tokenizer, tokens, text=prose[name], seed=seed + i).input_ids.to(device)
             for i, name in enumerate(texts)
         ]
         file = RowFile(output / "measured.jsonl", setup)

@@ -25,6 +25,18 @@ from sparse_patch_eval.tasks import TASKS_FOLDER
 from sparse_patch_eval.tasks.hub.load import without_remote_code
 
 COMMANDS = ("run", "ls", "validate")
+_HELP = """\
+lm-eval with the model `sparse_patch` and the tasks of sparse-patch. Our model in it:
+
+  --model sparse_patch
+  --model_args "pretrained=smollm2,method=strided:preset=fine;gamma=0.95"
+      pretrained: hub id, folder, .gguf file, or smollm2 (from PyPI)
+      method: NAME:key=value;key=value, see `sparse-patch methods`; dense: unpatched
+      patch_layers, dense_layers, min_length, min_queries, patch_backend, continuation
+  --tasks sp_passkey,sp_niah_grid,...    see `sparse-patch tasks`
+
+What follows is lm-eval's own.
+"""
 
 
 def main() -> None:
@@ -32,6 +44,8 @@ def main() -> None:
     import lm_eval
     from lm_eval.__main__ import cli_evaluate
 
+    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
+        print(_HELP)
     sys.argv[1:] = with_our_tasks(sys.argv[1:])
     if "--trust_remote_code" not in sys.argv:
         without_remote_code()

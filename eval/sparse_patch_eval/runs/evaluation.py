@@ -7,13 +7,14 @@ Answers are written at once; scoring comes last, and is repeated on every call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparse_patch import Method, get_method
 from sparse_patch_eval.ask.answer import answer
+from sparse_patch_eval.ask.expected import keeps_everything
 from sparse_patch_eval.base.console import note, progress
 from sparse_patch_eval.runs.folder import RunFolder, run_config
 from sparse_patch_eval.runs.format import DENSE
@@ -93,6 +94,8 @@ def evaluate(
     }
     todo = _todo(units, runs, lm.rank, lm.world_size)
     if todo:
+        if lm.is_writer:
+            _say_what_stays_exact(methods, {item.unit.length for item in todo}, setup, lm)
         _ask(setup, methods, runs, lm, todo)
     elif lm.is_writer:
         note("all samples are already answered")
@@ -102,6 +105,26 @@ def evaluate(
             run.take(everyone)
             run.write_scored(units)
     return [run.path for run in runs.values()]
+
+
+def _say_what_stays_exact(
+    methods: Mapping[str, Method | None], lengths: Iterable[int | None], setup: Setup, lm: Any
+) -> None:
+    """A word before the run where a method will compute all of the attention."""
+    least = setup.patch_options.get("min_length", 0)
+    for length in sorted(length for length in lengths if length is not None):
+        if length < least:
+            note(
+                f"at {length:,} tokens every method runs exact, below --min-length {least}: "
+                "its scores will be dense's"
+            )
+            continue
+        for spec, method in methods.items():
+            if method is not None and keeps_everything(method, length, lm.model.config):
+                note(
+                    f"at {length:,} tokens {spec} runs exact, because it keeps everything of so "
+                    "short a prompt: its scores will be dense's"
+                )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_patch_eval.inputs.text import long_text
+from sparse_patch_eval.runs.known import PERPLEXITY, PERPLEXITY_TEXTS
 from sparse_patch_eval.runs.lm_unit import LmUnit, keep_end
 from sparse_patch_eval.runs.text_unit import TextUnit, text_parts
 from sparse_patch_eval.runs.unit import Unit
@@ -21,10 +22,6 @@ from sparse_patch_eval.tasks.hub.benchmarks import HUB, load_tasks, truncate_mid
 from sparse_patch_eval.tasks.hub.benchmarks import check as check_hub
 from sparse_patch_eval.tasks.hub.data import local_folder
 from sparse_patch_eval.tasks.hub.load import without_remote_code
-
-PERPLEXITY = "perplexity"
-# Texts of plain `perplexity`. Source code has long-range structure.
-PERPLEXITY_TEXTS = ("kjv", "stdlib")
 
 
 @dataclass(frozen=True)
@@ -192,23 +189,3 @@ def _metadata(wanted: Wanted, length: int | None) -> dict[str, Any]:
     if length is not None:
         metadata |= {"max_seq_lengths": [length], "num_samples": wanted.limit or 500}
     return metadata
-
-
-def described() -> list[tuple[str, str, str, str]]:
-    """Name, origin, whether it takes lengths, and one line, of every known task."""
-    ours = [(name, "offline", "yes", entry.summary) for name, entry in OFFLINE.items()]
-    texts = ", ".join(PERPLEXITY_TEXTS)
-    ours.append(
-        (
-            PERPLEXITY,
-            "offline",
-            "yes",
-            f"NLL and KL to dense on {texts}; perplexity_TEXT for another text or file",
-        )
-    )
-    hub = [
-        (name, "hub", "yes" if entry.lengths else "no", entry.summary)
-        for name, entry in HUB.items()
-        if name == entry.name
-    ]
-    return ours + hub
