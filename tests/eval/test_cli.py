@@ -1,17 +1,21 @@
 """The command line and the bench script, on a tiny local model: nothing is downloaded."""
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
 import torch
 import typer
 from rich.text import Text
+from sparse_patch_eval.ask import demo
+from sparse_patch_eval.ask.demo import DemoRow, verdict
 from sparse_patch_eval.ask.kl import kl_divergence
 from sparse_patch_eval.ask.prefill import decode, prefill
 from sparse_patch_eval.base import console, options
 from sparse_patch_eval.base.machine import machine
 from sparse_patch_eval.cli.app import app
+from sparse_patch_eval.inputs.text import Prompt
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -90,7 +94,7 @@ def test_methods_names_what_it_does_not_know():
 
 def test_help_teaches():
     out = run("demo", "--help").output
-    for word in ("--quick", "--model", "--method", "--lengths", "--seed", "passkey", "density"):
+    for word in ("--quick", "--model", "--method", "--lengths", "--seed", "passkey", "computed"):
         assert word in out
 
 
@@ -109,9 +113,68 @@ def test_demo_prints_a_table_and_writes_its_numbers(folder):
         assert row["kl"] >= 0
         assert row["speed_up"] == pytest.approx(row["dense_seconds"] / row["sparse_seconds"])
         assert row["exact_calls"] == {}
-        assert f"{row['density']:.3f}" in done.output
+        assert row["computed"] == pytest.approx(row["density"])  # no call ran exact
+        assert f"{row['computed']:.3f}" in done.output
         assert f"{row['speed_up']:.2f}x" in done.output
     assert result["machine"]["torch"] == torch.__version__
+
+
+def test_demo_shows_the_recommended_method_and_another_and_says_what_came_of_it(folder):
+    done = run(
+        *("demo", "--model", folder / "model", "--text", folder / "prose.txt"),
+        *("--lengths", "1200,1300", "--output", folder / "both"),
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads((folder / "both" / "demo.json").read_text())
+    methods = [sparse_patch.RECOMMENDED, "flexprefill:gamma=0.9"]
+    assert [(row["tokens"], row["method"]) for row in result["rows"]] == [
+        (tokens, method) for tokens in (1200, 1300) for method in methods
+    ]
+    assert list(result["methods"]) == methods
+    out = done.stdout
+    assert out.count(" dense ") >= 2
+    lines = [line.rstrip() for line in out.splitlines() if line.strip()]
+    (verdict,) = [line for line in lines if line.endswith("% of attention computed")]
+    row = result["rows"][2]
+    assert verdict.startswith("1,300 tokens: ")
+    assert verdict.endswith(f"{row['computed']:.0%} of attention computed")
+    assert lines[-1].startswith("next, what was kept and lost, head by head: ")
+    assert lines[-1].endswith(f"sparse-patch inspect --length 1300 --model {folder / 'model'}")
+
+
+@pytest.mark.parametrize(
+    ("gain", "same", "computed", "said"),
+    [
+        (1.72, True, 0.2, "8,192 tokens: 1.7 times faster, same answer, 20% of attention computed"),
+        (1.01, False, 1.0, "8,192 tokens: no faster (1.01x), another answer, 100% of attention"),
+    ],
+)
+def test_the_verdict_is_about_the_longest_prompt_of_the_first_method(gain, same, computed, said):
+    other = DemoRow(2048, "a", 1, 1, 9, None, None, 0, "", "", True, "", True, True, {}, 0.5)
+    row = dataclasses.replace(
+        other, tokens=8192, speed_up=gain, same_answer=same, computed=computed
+    )
+    slow = dataclasses.replace(row, method="b", speed_up=0.5)
+    assert verdict([other, slow, row, slow]).startswith(said)
+
+
+def test_the_warm_up_runs_every_method_sparse(folder, monkeypatch):
+    """Compilation belongs before the first timed prefill."""
+    seen = []
+    original = demo.prefill
+
+    def spy(model, ids):
+        out = original(model, ids)
+        with contextlib.suppress(ValueError):  # not patched: dense
+            seen.append(sparse_patch.report(model).sparse_calls)
+        return out
+
+    monkeypatch.setattr(demo, "prefill", spy)
+    model = LlamaForCausalLM.from_pretrained(folder / "model").eval()
+    prompt = Prompt(torch.randint(0, 256, (1, 1200)), "1")
+    methods = [sparse_patch.RECOMMENDED, "flexprefill:gamma=0.9"]
+    demo.warm_up(model, {name: {"method": name} for name in methods}, prompt)
+    assert seen == [2, 2]
 
 
 def test_demo_with_a_method_that_keeps_everything_answers_the_same(folder):
@@ -130,9 +193,9 @@ def test_demo_with_a_method_that_keeps_everything_answers_the_same(folder):
 def test_demo_says_when_all_calls_ran_exact(folder):
     done = run(
         *("demo", "--model", folder / "model", "--text", folder / "prose.txt"),
-        *("--lengths", "600"),
+        *("--lengths", "600", "--method", "flexprefill"),
     )
-    assert "all calls ran exact {'short': 2}" in done.output
+    assert "600 tokens, flexprefill: all calls ran exact {'short': 2}" in done.output
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
-"""`sparse-patch demo`: a real model prefills a long prompt, dense and sparse, side by side."""
+"""A real model prefills a long prompt, dense and with a few methods, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_patch
-from sparse_patch import Method
 from sparse_patch_eval.ask.kl import kl_divergence
 from sparse_patch_eval.ask.prefill import Prefill, decode, prefill
 from sparse_patch_eval.inputs.text import Prompt
@@ -17,15 +17,18 @@ from sparse_patch_eval.inputs.text import Prompt
 ANSWER_TOKENS = 12
 # Query rows per layer on which recall is measured: all of them would cost a dense prefill.
 RECALL_ROWS = 512
-STEPS_PER_LENGTH = 3
+# Steps per length beside those of each method: the dense prefill.
+DENSE_STEPS = 1
+STEPS_PER_METHOD = 2
 
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One prompt length.
+    """One method at one prompt length.
 
     Attributes:
         tokens: prompt length.
+        method: as it was named.
         dense_seconds, sparse_seconds: time-to-first-token.
         speed_up: dense / sparse.
         density: kept / causal over sparse calls; None if all calls were exact.
@@ -36,9 +39,11 @@ class DemoRow:
         expected: the number hidden in the prompt.
         dense_right, right: does the answer start with the number?
         exact_calls: exact calls by reason, in the timed sparse prefill.
+        computed: share of the causal attention that was computed, exact calls counted as 1.
     """
 
     tokens: int
+    method: str
     dense_seconds: float
     sparse_seconds: float
     speed_up: float
@@ -52,43 +57,67 @@ class DemoRow:
     dense_right: bool
     right: bool
     exact_calls: dict[str, int]
+    computed: float
 
 
 def run_length(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    method: Method,
+    patches: Mapping[str, Mapping[str, Any]],
     prompt: Prompt,
     step: Callable[[str], None],
-) -> DemoRow:
-    """Prefill one prompt dense, sparse, and sparse once more with recall measured (untimed).
+) -> list[DemoRow]:
+    """Prefill one prompt dense, then with each method, and once more with its recall measured.
 
     Args:
-        step: called with a description before each of the STEPS_PER_LENGTH prefills.
+        patches: by the name to show, the arguments of `sparse_patch.patch`.
+        step: called with a description before each prefill: DENSE_STEPS times, and STEPS_PER_METHOD
+            times per method.
     """
     ids = prompt.input_ids.to(model.device)
     length = ids.shape[1]
-    step(f"{length} tokens, dense")
+    step(f"{length:,} tokens, dense")
     dense = prefill(model, ids)
     dense_tokens = decode(model, dense, ANSWER_TOKENS)
-    step(f"{length} tokens, sparse")
-    with sparse_patch.patch(model, method) as handle:
-        sparse = prefill(model, ids)
-        report = handle.report()
-        tokens = decode(model, sparse, ANSWER_TOKENS)
-    step(f"{length} tokens, recall (untimed)")
-    with sparse_patch.patch(model, method, measure_recall=RECALL_ROWS) as measured:
-        prefill(model, ids)
-    answers = [_first_line(tokenizer.decode(t)) for t in (dense_tokens, tokens)]
-    return _row(prompt, dense, sparse, answers, tokens == dense_tokens, report, measured.report())
+    rows = []
+    for name, arguments in patches.items():
+        step(f"{length:,} tokens, {name}")
+        with sparse_patch.patch(model, **arguments) as handle:
+            sparse = prefill(model, ids)
+            report = handle.report()
+            tokens = decode(model, sparse, ANSWER_TOKENS)
+        step(f"{length:,} tokens, recall of {name} (untimed)")
+        with sparse_patch.patch(model, **arguments, measure_recall=RECALL_ROWS) as measured:
+            prefill(model, ids)
+        answers = [_first_line(tokenizer.decode(t)) for t in (dense_tokens, tokens)]
+        same = tokens == dense_tokens
+        rows.append(_row(name, prompt, dense, sparse, answers, same, report, measured.report()))
+    return rows
 
 
-def warm_up(model: PreTrainedModel, method: Method, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A short prefill each way: first calls allocate memory and pick kernels."""
-    ids = tokenizer("word " * 600, return_tensors="pt")["input_ids"].to(model.device)
+def warm_up(
+    model: PreTrainedModel, patches: Mapping[str, Mapping[str, Any]], prompt: Prompt
+) -> None:
+    """Run everything once that is timed, and throw it away.
+
+    First calls allocate memory, pick kernels, compile and measure costs. The prompt must be one of
+    those that are timed: on a much shorter one, methods keep everything and compile nothing.
+    """
+    ids = prompt.input_ids.to(model.device)
     prefill(model, ids)
-    with sparse_patch.patch(model, method, min_length=0):
-        prefill(model, ids)
+    for arguments in patches.values():
+        sparse_patch.patch(model, **arguments).remove()  # measures costs, where they decide
+        with sparse_patch.patch(model, **{**arguments, "min_length": 0}):
+            prefill(model, ids)
+
+
+def verdict(rows: Sequence[DemoRow]) -> str:
+    """One sentence about the longest prompt of the first method that is shown."""
+    row = max((row for row in rows if row.method == rows[0].method), key=lambda row: row.tokens)
+    gain = row.speed_up
+    speed = f"{gain:.1f} times faster" if gain >= 1.05 else f"no faster ({gain:.2f}x)"
+    answer = "same answer" if row.same_answer else "another answer"
+    return f"{row.tokens:,} tokens: {speed}, {answer}, {row.computed:.0%} of attention computed"
 
 
 def _first_line(text: str) -> str:
@@ -96,6 +125,7 @@ def _first_line(text: str) -> str:
 
 
 def _row(
+    name: str,
     prompt: Prompt,
     dense: Prefill,
     sparse: Prefill,
@@ -106,6 +136,7 @@ def _row(
 ) -> DemoRow:
     return DemoRow(
         tokens=prompt.input_ids.shape[1],
+        method=name,
         dense_seconds=dense.seconds,
         sparse_seconds=sparse.seconds,
         speed_up=dense.seconds / sparse.seconds,
@@ -119,4 +150,10 @@ def _row(
         dense_right=answers[0].startswith(prompt.answer),
         right=answers[1].startswith(prompt.answer),
         exact_calls=report.exact,
+        computed=_computed(report),
     )
+
+
+def _computed(report: sparse_patch.Report) -> float:
+    sparse = report.sparse_calls * (report.density or 0.0)
+    return (sparse + report.calls - report.sparse_calls) / report.calls

