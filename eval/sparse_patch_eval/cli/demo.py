@@ -123,7 +123,9 @@ def demo(
         }
         (output / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
         console.print(f"wrote {output / 'demo.json'}", markup=False)
-    console.print(visible(_next_command(model, rows)), markup=False, highlight=False)
+    # Not wrapped: a command is there to be copied.
+    command = visible(_next_command(model, rows))
+    console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
 def _next_command(model: str, rows: list[DemoRow]) -> str:
