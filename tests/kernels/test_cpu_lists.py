@@ -45,6 +45,13 @@ def test_rank(scores, blocks, per_list):
     assert torch.equal(got, rank.plain(scores(shape), allowed, forced))
 
 
+def test_masks_of_one_row_hold_for_all_rows():
+    scores, (allowed, forced) = torch.randn(2, 5, 70, generator=dice(6)), masks(1, 70)
+    for masks_of_one in ((allowed, forced), (allowed[None], forced[None])):
+        got = native.rank(scores, *masks_of_one)
+        assert torch.equal(got, rank.plain(scores, *masks_of_one))
+
+
 def test_rank_leaves_to_pytorch_what_it_cannot_take():
     allowed, forced = masks(5, 8)
     assert native.rank(torch.zeros(2, 5, 8, dtype=torch.float64), allowed, forced) is NotImplemented

@@ -180,7 +180,8 @@ class MassWorker {
       least[p] = std::min<int64_t>(least[p], seen[lane]);
     }
     const int64_t n_panels = (n + PANEL - 1) / PANEL;
-    const int64_t blocks = (*std::max_element(most, most + n_panels) + c.width - 1) / c.width;
+    n_keys = *std::max_element(most, most + n_panels);
+    const int64_t blocks = (n_keys + c.width - 1) / c.width;
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t p = 0; p < n_panels; ++p) pool(block, p);
     }
@@ -203,7 +204,8 @@ class MassWorker {
     for (int w = 0; w < WIDE; ++w) top[w] = all(NOTHING);
     for (int64_t key = first; key < end; key += ROWS) {
       const In* at[ROWS];
-      for (int r = 0; r < ROWS; ++r) at[r] = k + std::min(key + r, end - 1) * c.in.k_row;
+      // Rows past the block are not used, but keys at equal distances need not be copied.
+      for (int r = 0; r < ROWS; ++r) at[r] = k + std::min(key + r, n_keys - 1) * c.in.k_row;
       keys.take(at);
       float* to = logits.at + (key - first) * PANEL;
       keys.times(panel, to);
@@ -260,7 +262,7 @@ class MassWorker {
   Aligned<uint32_t> panels;
   Aligned<float> logits, best, total;
   int32_t seen[TILE];
-  int64_t most[PANELS], least[PANELS];
+  int64_t most[PANELS], least[PANELS], n_keys = 0;
   const In* k = nullptr;
 };
 

@@ -37,7 +37,8 @@ def rank(scores: Tensor, allowed: Tensor, forced: Tensor) -> Any:
     if scores.dtype != torch.float32 or not scores.numel() or not selection.has("lists"):
         return NotImplemented
     lists, rows, n = scores.shape
-    scores, allowed, forced = (x.contiguous() for x in (scores, allowed, forced))
+    scores = scores.contiguous()
+    allowed, forced = (x.expand(*x.shape[:-2], rows, n).contiguous() for x in (allowed, forced))
     order = torch.empty(scores.shape, dtype=torch.int32)
     call = _Rank(
         *(x.data_ptr() for x in (scores, allowed, forced, order)),
@@ -52,9 +53,9 @@ def rank_and_test(
     mass: Tensor, block: Tensor, sample: Tensor, allowed: Tensor, forced: Tensor, *, reduce: str
 ) -> Any:
     """See `plain`."""
-    if mass.dtype != torch.float32 or not selection.has("lists"):
-        return NotImplemented
     (heads, rows, m), (blocks, n) = mass.shape, allowed.shape
+    if mass.dtype != torch.float32 or m > n or not selection.has("lists"):
+        return NotImplemented
     inputs = [x.contiguous() for x in (mass, block, sample, allowed, forced)]
     scores, squares = torch.empty(heads, blocks, n), torch.empty(heads, n)
     call = _RankAndTest(
